@@ -1,0 +1,1 @@
+//! krakectl, the command line of the federation, and its typed client.

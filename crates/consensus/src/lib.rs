@@ -1,0 +1,1 @@
+//! Multi-Raft host: replicated key-value groups on disk, linearizable reads, watches.

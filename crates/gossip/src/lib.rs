@@ -1,0 +1,1 @@
+//! The federation's network on libp2p: identity, membership, reports, failure detection, request and reply.

@@ -1,0 +1,154 @@
+//! The one codec: every stored record and every wire message is `version byte + bincode`.
+//!
+//! bincode 2 in serde mode with `config::legacy()` (fixed-width integers, little endian) and a size
+//! limit: the encoding is canonical, claims of huge lengths are refused before allocation, and
+//! trailing bytes are an error. bincode cannot decode a `serde_json::Value`: resources travel as
+//! JSON bytes inside these records (DESIGN 13.2). Types coded here must not be recursive, must not
+//! use `skip_serializing_if`, `flatten` or untagged enums, and enums grow only at the end.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+
+/// No frame or record is larger than this (16 MiB): a snapshot travels in chunks.
+pub const RECORD_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// A record could not be encoded or decoded.
+#[derive(Debug, Error)]
+pub enum CodecError {
+    /// There is not even a version byte.
+    #[error("the record is empty")]
+    Empty,
+    /// The version is not one that this program reads.
+    #[error("record version {found} is not supported (this program reads {supported})")]
+    Version {
+        /// The version found.
+        found: u8,
+        /// The version read.
+        supported: u8,
+    },
+    /// The record is larger than allowed.
+    #[error("the record has {found} bytes, the limit is {limit}")]
+    TooLarge {
+        /// Bytes found.
+        found: usize,
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// Bytes remain after the record.
+    #[error("{count} bytes follow the record")]
+    Trailing {
+        /// How many bytes remain.
+        count: usize,
+    },
+    /// The payload is not what the version promises.
+    #[error("the record is damaged")]
+    Decode(#[source] bincode::error::DecodeError),
+    /// The value cannot be encoded.
+    #[error("the record cannot be encoded")]
+    Encode(#[source] bincode::error::EncodeError),
+}
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::legacy().with_limit::<RECORD_BYTES_MAX>()
+}
+
+/// Encodes `value` behind the version byte.
+///
+/// # Errors
+/// When the value cannot be encoded or exceeds [`RECORD_BYTES_MAX`].
+pub fn encode<T: Serialize>(version: u8, value: &T) -> Result<Vec<u8>, CodecError> {
+    let mut bytes = vec![version];
+    let payload = bincode::serde::encode_to_vec(value, config()).map_err(CodecError::Encode)?;
+    if payload.len() >= RECORD_BYTES_MAX {
+        return Err(CodecError::TooLarge {
+            found: payload.len(),
+            limit: RECORD_BYTES_MAX,
+        });
+    }
+    bytes.extend_from_slice(&payload);
+    Ok(bytes)
+}
+
+/// Decodes what [`encode`] made, requiring `version`, at most `limit` bytes and no remainder.
+///
+/// # Errors
+/// See [`CodecError`]; no input makes it panic or allocate beyond the limit.
+pub fn decode<T: DeserializeOwned>(
+    version: u8,
+    bytes: &[u8],
+    limit: usize,
+) -> Result<T, CodecError> {
+    if bytes.len() > limit.min(RECORD_BYTES_MAX) {
+        return Err(CodecError::TooLarge {
+            found: bytes.len(),
+            limit: limit.min(RECORD_BYTES_MAX),
+        });
+    }
+    let (&found, payload) = bytes.split_first().ok_or(CodecError::Empty)?;
+    if found != version {
+        return Err(CodecError::Version {
+            found,
+            supported: version,
+        });
+    }
+    let (value, consumed) =
+        bincode::serde::decode_from_slice(payload, config()).map_err(CodecError::Decode)?;
+    if consumed != payload.len() {
+        return Err(CodecError::Trailing {
+            count: payload.len() - consumed,
+        });
+    }
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_encoding_is_fixed_for_ever() {
+        let bytes = encode(1, &(7_u32, "ab".to_owned(), Some(true))).unwrap();
+        assert_eq!(
+            hex::encode(&bytes),
+            "010700000002000000000000006162 0101".replace(' ', "")
+        );
+    }
+
+    #[test]
+    fn other_versions_trailing_bytes_and_huge_claims_are_refused() {
+        let bytes = encode(2, &vec![1_u8, 2, 3]).unwrap();
+        assert!(matches!(
+            decode::<Vec<u8>>(1, &bytes, 100),
+            Err(CodecError::Version {
+                found: 2,
+                supported: 1
+            })
+        ));
+        let mut longer = bytes.clone();
+        longer.push(0);
+        assert!(matches!(
+            decode::<Vec<u8>>(2, &longer, 100),
+            Err(CodecError::Trailing { count: 1 })
+        ));
+        let mut huge = vec![2];
+        huge.extend_from_slice(&u64::MAX.to_le_bytes());
+        assert!(matches!(
+            decode::<Vec<u8>>(2, &huge, 100),
+            Err(CodecError::Decode(_))
+        ));
+        assert!(matches!(
+            decode::<Vec<u8>>(2, &bytes, 4),
+            Err(CodecError::TooLarge { .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _unused = decode::<(Vec<String>, Option<u64>, bool)>(1, &bytes, 300);
+        }
+    }
+}

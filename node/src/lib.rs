@@ -1,0 +1,1 @@
+//! krake-node: one site's process; wires network, catalog, placement, driver and API together.

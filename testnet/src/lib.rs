@@ -1,0 +1,1 @@
+//! krake-testnet: a whole federation on one machine, with embedded or real Kubernetes, and faults.

@@ -118,6 +118,9 @@ pub struct SiteRecord {
 pub struct Member {
     /// Its identity.
     pub node: NodeId,
+    /// Its Raft replica id in every group: handed out by the meta group at admission, counted from
+    /// 1, never reused, never derived from the key (DESIGN 13.1).
+    pub replica: u64,
     /// Its site.
     pub site: SiteRecord,
     /// libp2p multiaddresses at which it listens.

@@ -1,0 +1,432 @@
+//! The owner's decision about one app: a pure step from what is stored, reported and seen to what
+//! is to be done next. No IO, no clock, no randomness.
+//!
+//! Level-triggered: [`plan`] is called again after each change of its inputs and after each effect,
+//! until it says [`Step::Wait`]. It never acts twice on the same inputs.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use krake_model::application::{ApplicationSpec, CopyRole, FailoverMode, MigrationStrategy};
+use krake_model::decision::{Outcome, Target, Trigger};
+use krake_model::metric::MetricDefinition;
+use krake_model::{AppKey, AppUid, DecisionRecord, Epoch, NodeId, Timestamp};
+use krake_placement::decide::{Decision, Problem, SiteState, decide};
+use krake_placement::needs::Needs;
+use krake_placement::spec::ResolvedPolicy;
+
+use crate::records::{AssignRecord, AssignedCopy, CopyReport, ReportedState, Tombstone};
+
+/// How long a site that refused or failed an app is not asked again for it.
+const REFUSAL_TTL_MS: i64 = 60_000;
+
+/// Everything stored about one app.
+#[derive(Clone, Debug)]
+pub struct StoredApp {
+    /// Its name.
+    pub app: AppKey,
+    /// Its identity.
+    pub uid: AppUid,
+    /// The spec's generation.
+    pub generation: i64,
+    /// The spec.
+    pub spec: ApplicationSpec,
+    /// What the spec needs.
+    pub needs: Needs,
+    /// The spec's policy with defaults filled in.
+    pub policy: ResolvedPolicy,
+    /// Whether it is being deleted.
+    pub deleting: bool,
+    /// Who runs it, and the epoch of that record.
+    pub assign: Option<(AssignRecord, Epoch)>,
+    /// The decision it runs by.
+    pub decision: Option<DecisionRecord>,
+}
+
+/// What the owner remembers of an app between steps; lost with leadership, rebuilt from reports.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    /// The newest report of each copy.
+    pub reports: BTreeMap<(NodeId, String), CopyReport>,
+    /// Sites that refused or failed it, until when, and why.
+    pub refusals: BTreeMap<Target, (Timestamp, String)>,
+    /// A granted reservation and the decision it is for.
+    pub reserved: Option<(Target, DecisionRecord)>,
+    /// Since when which other site has been better.
+    pub better_since: Option<(Target, Timestamp)>,
+    /// When all sites are looked at again.
+    pub next_look: Timestamp,
+    /// The decision shown while it is unplaceable.
+    pub unplaceable: Option<DecisionRecord>,
+}
+
+impl Memory {
+    /// Takes a refusal of `target` into account until it expires.
+    pub fn refuse(&mut self, target: Target, reason: String, now: Timestamp) {
+        self.reserved = None;
+        self.refusals.insert(target, (now.plus_millis(REFUSAL_TTL_MS), reason));
+    }
+}
+
+/// How a site appears to this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// Heard of lately.
+    Alive,
+    /// Silent, but not (yet) lost.
+    Suspect,
+    /// Lost by the verdict of a majority of observers.
+    Lost,
+}
+
+/// What the owner sees of the federation.
+pub trait World {
+    /// All sites as candidates for an app; `lost` is filled in by [`plan`].
+    fn sites(&self) -> &[SiteState];
+    /// How the site appears for an app that waits `detect_after`.
+    fn sight(&self, node: &NodeId, detect_after: Duration) -> Sight;
+    /// This node sees too little of the federation to judge others.
+    fn isolated(&self) -> bool;
+    /// Metric definitions.
+    fn definitions(&self) -> &BTreeMap<String, MetricDefinition>;
+    /// This site's name.
+    fn decided_by(&self) -> &str;
+    /// Now.
+    fn now(&self) -> Timestamp;
+}
+
+/// What to do next.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// Nothing until something changes, or this time.
+    Wait(Timestamp),
+    /// Ask the site to hold capacity, then plan again.
+    Reserve(Target, Box<DecisionRecord>),
+    /// Store this assignment, then plan again.
+    Assign(Box<AssignRecord>, Option<Box<DecisionRecord>>),
+    /// No site fits: show this decision.
+    Unplaceable(Box<DecisionRecord>),
+    /// Nothing is left at any site that is alive: remove the app.
+    Finish(Option<Tombstone>),
+}
+
+/// One look at an app: see the module.
+pub fn plan(app: &StoredApp, memory: &mut Memory, world: &dyn World) -> Step {
+    let now = world.now();
+    memory.refusals.retain(|_, (until, _)| *until > now);
+    if world.isolated() {
+        // A node that sees little of the federation is itself the partitioned one (DESIGN §5).
+        return Step::Wait(now.plus_millis(1000));
+    }
+    if app.deleting {
+        return plan_deletion(app, memory, world);
+    }
+    let Some((assign, epoch)) = &app.assign else {
+        return plan_placement(app, memory, world, None, Trigger::SpecChanged);
+    };
+    if let Some(next) = settle(app, assign, *epoch, memory, world) {
+        return Step::Assign(Box::new(next), None);
+    }
+    plan_running(app, assign, *epoch, memory, world)
+}
+
+fn report<'a>(memory: &'a Memory, target: &Target, epoch: Epoch) -> Option<&'a CopyReport> {
+    memory
+        .reports
+        .get(&(target.node, target.backend.clone()))
+        .filter(|report| report.epoch == epoch)
+}
+
+fn is_gone(memory: &Memory, target: &Target, epoch: Epoch) -> bool {
+    report(memory, target, epoch).is_some_and(|r| r.state == ReportedState::Gone)
+}
+
+fn plan_deletion(app: &StoredApp, memory: &Memory, world: &dyn World) -> Step {
+    let Some((assign, epoch)) = &app.assign else { return Step::Finish(None) };
+    let now = world.now();
+    if assign.pending.is_some() || assign.copies.iter().any(|c| c.role != CopyRole::Deleting) {
+        let mut next = assign.clone();
+        next.pending = None;
+        for copy in &mut next.copies {
+            set_role(copy, CopyRole::Deleting, now);
+        }
+        return Step::Assign(Box::new(next), None);
+    }
+    let left: Vec<&AssignedCopy> =
+        assign.copies.iter().filter(|c| !is_gone(memory, &c.target, *epoch)).collect();
+    let detect_after = app.policy.detect_after;
+    if left.iter().any(|c| world.sight(&c.target.node, detect_after) != Sight::Lost) {
+        return Step::Wait(now.plus_millis(1000));
+    }
+    if left.is_empty() {
+        return Step::Finish(None);
+    }
+    Step::Finish(Some(Tombstone {
+        uid: app.uid,
+        app: app.app.clone(),
+        targets: left.into_iter().map(|c| c.target.clone()).collect(),
+        deleted_at: now,
+    }))
+}
+
+fn set_role(copy: &mut AssignedCopy, role: CopyRole, now: Timestamp) {
+    if copy.role != role {
+        copy.role = role;
+        copy.since = now;
+    }
+}
+
+/// Moves an assignment on by what the sites have reported; `None` when nothing follows.
+fn settle(
+    app: &StoredApp,
+    assign: &AssignRecord,
+    epoch: Epoch,
+    memory: &mut Memory,
+    world: &dyn World,
+) -> Option<AssignRecord> {
+    let now = world.now();
+    let lost = |target: &Target| world.sight(&target.node, app.policy.detect_after) == Sight::Lost;
+    let mut next = assign.clone();
+    next.copies
+        .retain(|copy| copy.role != CopyRole::Deleting || !is_gone(memory, &copy.target, epoch));
+    if let Some(outgoing) = assign.copy(CopyRole::Outgoing).cloned() {
+        settle_surge(app, epoch, memory, world, &outgoing, &mut next);
+    }
+    let waits_for_old = next.copies.iter().any(|c| c.role == CopyRole::Deleting && !lost(&c.target));
+    if let Some(target) = next.pending.clone().filter(|_| !waits_for_old) {
+        next.pending = None;
+        next.copies.push(AssignedCopy { target, role: CopyRole::Active, since: now });
+    }
+    next.generation = if next.copy(CopyRole::Active).is_some() || next.pending.is_some() {
+        next.generation
+    } else {
+        app.generation
+    };
+    (next != *assign).then_some(next)
+}
+
+/// A move with the new copy first: switch when the new one is ready, give up when it cannot be.
+fn settle_surge(
+    app: &StoredApp,
+    epoch: Epoch,
+    memory: &mut Memory,
+    world: &dyn World,
+    outgoing: &AssignedCopy,
+    next: &mut AssignRecord,
+) {
+    let now = world.now();
+    let lost = |target: &Target| world.sight(&target.node, app.policy.detect_after) == Sight::Lost;
+    let active = next.copy(CopyRole::Active).cloned();
+    let turn = |next: &mut AssignRecord, target: &Target, role| {
+        for copy in next.copies.iter_mut().filter(|c| c.target == *target) {
+            set_role(copy, role, now);
+        }
+    };
+    let Some(active) = active else {
+        turn(next, &outgoing.target, CopyRole::Active);
+        return;
+    };
+    let reported = report(memory, &active.target, epoch).map(|r| (r.state, r.message.clone()));
+    if matches!(reported, Some((ReportedState::Ready, _))) || lost(&outgoing.target) {
+        turn(next, &outgoing.target, CopyRole::Deleting);
+        return;
+    }
+    let late = now.millis_since(active.since) > app.policy.ready_timeout.as_millis() as u64;
+    let failed = matches!(reported, Some((ReportedState::Failed, _)));
+    if late || failed || lost(&active.target) {
+        let why = match reported.and_then(|(_, message)| message) {
+            Some(message) => message,
+            None if late => format!(
+                "not ready within {} s",
+                app.policy.ready_timeout.as_secs()
+            ),
+            None => "the site was lost".to_owned(),
+        };
+        memory.refuse(active.target.clone(), why, now);
+        turn(next, &active.target, CopyRole::Deleting);
+        turn(next, &outgoing.target, CopyRole::Active);
+    }
+}
+
+fn plan_running(
+    app: &StoredApp,
+    assign: &AssignRecord,
+    epoch: Epoch,
+    memory: &mut Memory,
+    world: &dyn World,
+) -> Step {
+    let now = world.now();
+    let Some(active) = assign.copy(CopyRole::Active) else {
+        if assign.pending.is_some() {
+            return Step::Wait(now.plus_millis(1000));
+        }
+        return plan_placement(app, memory, world, Some(assign), Trigger::SpecChanged);
+    };
+    let reported = report(memory, &active.target, epoch);
+    if let Some(failed) = reported.filter(|r| r.state == ReportedState::Failed && r.retry_elsewhere)
+    {
+        let why = failed.message.clone().unwrap_or_else(|| "the site could not run it".to_owned());
+        if !memory.refusals.contains_key(&active.target) {
+            memory.refuse(active.target.clone(), why, now);
+            return plan_placement(app, memory, world, Some(assign), Trigger::SiteFailed);
+        }
+    }
+    if world.sight(&active.target.node, app.policy.detect_after) == Sight::Lost
+        && app.policy.failover_mode == FailoverMode::Prompt
+    {
+        return plan_placement(app, memory, world, Some(assign), Trigger::SiteLost);
+    }
+    if assign.generation != app.generation {
+        return plan_placement(app, memory, world, Some(assign), Trigger::SpecChanged);
+    }
+    let moving = assign.copy(CopyRole::Outgoing).is_some();
+    if moving {
+        let timeout = app.policy.ready_timeout.as_millis() as i64 + 1;
+        return Step::Wait(active.since.plus_millis(timeout).max(now.plus_millis(100)));
+    }
+    if now < memory.next_look && memory.reserved.is_none() {
+        return Step::Wait(memory.next_look);
+    }
+    plan_placement(app, memory, world, Some(assign), Trigger::Timer)
+}
+
+/// Decides, reserves, and turns the decision into an assignment.
+fn plan_placement(
+    app: &StoredApp,
+    memory: &mut Memory,
+    world: &dyn World,
+    assign: Option<&AssignRecord>,
+    trigger: Trigger,
+) -> Step {
+    let now = world.now();
+    let current = assign.and_then(|a| a.copy(CopyRole::Active)).map(|c| c.target.clone());
+    let decision = decide_for(app, memory, world, current.clone(), trigger);
+    memory.better_since = decision.better_since;
+    memory.next_look = now.plus_millis(app.policy.reschedule_interval.as_millis() as i64);
+    let record = decision.record;
+    let Some(chosen) = record.chosen.clone() else {
+        memory.reserved = None;
+        memory.next_look = now.plus_millis(1000);
+        let shown = memory.unplaceable.as_ref().is_some_and(|d| {
+            d.reason == record.reason && d.generation == record.generation
+        });
+        if shown {
+            return Step::Wait(memory.next_look);
+        }
+        memory.unplaceable = Some(record.clone());
+        return Step::Unplaceable(Box::new(record));
+    };
+    memory.unplaceable = None;
+    if Some(&chosen) == current.as_ref() {
+        return keep(app, assign, record, world, memory);
+    }
+    match memory.reserved.take() {
+        Some((target, record)) if target == chosen => {
+            Step::Assign(Box::new(moved(app, assign, chosen, world)), Some(Box::new(record)))
+        }
+        _ => Step::Reserve(chosen, Box::new(record)),
+    }
+}
+
+fn decide_for(
+    app: &StoredApp,
+    memory: &Memory,
+    world: &dyn World,
+    current: Option<Target>,
+    trigger: Trigger,
+) -> Decision {
+    let sites = world
+        .sites()
+        .iter()
+        .map(|site| {
+            let mut site = site.clone();
+            site.lost = world.sight(&site.target.node, app.policy.detect_after) != Sight::Alive
+                && (current.as_ref() != Some(&site.target)
+                    || world.sight(&site.target.node, app.policy.detect_after) == Sight::Lost);
+            if let Some((_, reason)) = memory.refusals.get(&site.target) {
+                site.refusals.push(reason.clone());
+            }
+            site
+        })
+        .collect();
+    decide(&Problem {
+        app: app.app.clone(),
+        uid: Some(app.uid),
+        generation: app.generation,
+        needs: app.needs.clone(),
+        policy: app.policy.clone(),
+        sites,
+        current,
+        definitions: world.definitions().clone(),
+        decided_by: world.decided_by().to_owned(),
+        trigger,
+        now: world.now(),
+        better_since: memory.better_since.clone(),
+    })
+}
+
+fn keep(
+    app: &StoredApp,
+    assign: Option<&AssignRecord>,
+    record: DecisionRecord,
+    world: &dyn World,
+    memory: &mut Memory,
+) -> Step {
+    memory.reserved = None;
+    match assign {
+        Some(assign) if assign.generation != app.generation => {
+            let mut next = assign.clone();
+            next.generation = app.generation;
+            Step::Assign(Box::new(next), Some(Box::new(record)))
+        }
+        _ => {
+            // A better site is only watched closely while its lead is being timed.
+            let now = world.now();
+            if memory.better_since.is_some() {
+                memory.next_look = memory.next_look.min(now.plus_millis(1000));
+            }
+            Step::Wait(memory.next_look)
+        }
+    }
+}
+
+/// The assignment after a decision to run at `chosen`.
+fn moved(
+    app: &StoredApp,
+    assign: Option<&AssignRecord>,
+    chosen: Target,
+    world: &dyn World,
+) -> AssignRecord {
+    let now = world.now();
+    let mut next = assign.cloned().unwrap_or_else(|| AssignRecord {
+        uid: app.uid,
+        app: app.app.clone(),
+        generation: app.generation,
+        copies: Vec::new(),
+        pending: None,
+    });
+    next.generation = app.generation;
+    let old = next.copy(CopyRole::Active).map(|c| c.target.clone());
+    let old_lost = old.as_ref().is_some_and(|target| {
+        world.sight(&target.node, app.policy.detect_after) == Sight::Lost
+    });
+    let recreate = app.policy.migration_strategy == MigrationStrategy::Recreate;
+    let old_role = if recreate || old_lost { CopyRole::Deleting } else { CopyRole::Outgoing };
+    for copy in next.copies.iter_mut().filter(|c| c.role == CopyRole::Active) {
+        set_role(copy, old_role, now);
+    }
+    // A copy that was being deleted at the chosen site is wanted again.
+    next.copies.retain(|copy| copy.target != chosen);
+    if recreate && old.is_some() && !old_lost {
+        next.pending = Some(chosen);
+    } else {
+        next.pending = None;
+        next.copies.push(AssignedCopy { target: chosen, role: CopyRole::Active, since: now });
+    }
+    next
+}
+
+/// Whether an outcome is worth an event and a place in the history.
+pub const fn is_change(outcome: Outcome) -> bool {
+    matches!(outcome, Outcome::Placed | Outcome::Moved | Outcome::Unplaceable)
+}

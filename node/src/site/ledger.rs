@@ -1,0 +1,204 @@
+//! The site's own book: the assignments it runs, and the highest epoch it has seen of each app.
+//!
+//! On disk (redb, one durable transaction per change), so that a site that is cut off or restarted
+//! goes on without the federation (I6) and never obeys an older owner (I3).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use krake_model::application::Assignment;
+use krake_model::{AppUid, Epoch};
+use parking_lot::Mutex;
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use thiserror::Error;
+
+/// UID → JSON of [`Assignment`]. An entry with `delete` stays: it is the fence.
+const ASSIGNMENTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("assignments.v1");
+/// The ledger is small; the rest of the node's memory has better uses.
+const CACHE_BYTES: usize = 1024 * 1024;
+/// Settled deletions kept as fences; the oldest epochs go first beyond this.
+const SETTLED_MAX: usize = 10_000;
+
+/// The ledger cannot be used.
+#[derive(Debug, Error)]
+pub enum LedgerError {
+    /// The database says no.
+    #[error("the site's ledger {path} cannot be used; restore it from a backup or remove it (the node then fetches its assignments again)")]
+    Store {
+        /// The file.
+        path: String,
+        /// Why.
+        source: Box<redb::Error>,
+    },
+    /// A record is damaged.
+    #[error("the site's ledger has a damaged record for {uid}")]
+    Damaged {
+        /// Whose.
+        uid: String,
+        /// How.
+        source: serde_json::Error,
+    },
+}
+
+/// What came of offering an assignment to the ledger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// Newer than everything seen: it is durable now.
+    Accepted,
+    /// Exactly what is known already.
+    Known,
+    /// Older than what has been seen: refused, with the epoch that counts.
+    Stale(Epoch),
+}
+
+/// The open ledger.
+#[derive(Debug)]
+pub struct Ledger {
+    database: Database,
+    path: String,
+    entries: Mutex<BTreeMap<AppUid, Assignment>>,
+}
+
+impl Ledger {
+    /// Opens or creates the file and reads it whole.
+    ///
+    /// # Errors
+    /// When it is damaged or cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, LedgerError> {
+        let store = |source: redb::Error| LedgerError::Store {
+            path: path.display().to_string(),
+            source: Box::new(source),
+        };
+        let database = Database::builder()
+            .set_cache_size(CACHE_BYTES)
+            .create(path)
+            .map_err(|e| store(e.into()))?;
+        let entries = Self::load(&database).map_err(|e| match e {
+            LoadError::Store(e) => store(*e),
+            LoadError::Damaged { uid, source } => LedgerError::Damaged { uid, source },
+        })?;
+        Ok(Self { database, path: path.display().to_string(), entries: Mutex::new(entries) })
+    }
+
+    fn load(database: &Database) -> Result<BTreeMap<AppUid, Assignment>, LoadError> {
+        let transaction = database.begin_write().map_err(boxed)?;
+        transaction.open_table(ASSIGNMENTS).map_err(boxed)?;
+        transaction.commit().map_err(boxed)?;
+        let table =
+            database.begin_read().map_err(boxed)?.open_table(ASSIGNMENTS).map_err(boxed)?;
+        let mut entries = BTreeMap::new();
+        for row in table.iter().map_err(boxed)? {
+            let (key, value) = row.map_err(boxed)?;
+            let assignment: Assignment = serde_json::from_slice(value.value()).map_err(|source| {
+                LoadError::Damaged { uid: key.value().to_owned(), source }
+            })?;
+            entries.insert(assignment.uid, assignment);
+        }
+        Ok(entries)
+    }
+
+    /// Takes an assignment if it is newer than what has been seen of its app; durable on return.
+    ///
+    /// # Errors
+    /// When it cannot be written: nothing has changed then.
+    pub fn offer(&self, assignment: &Assignment) -> Result<Offer, LedgerError> {
+        let mut entries = self.entries.lock();
+        if let Some(known) = entries.get(&assignment.uid) {
+            if known.epoch > assignment.epoch {
+                return Ok(Offer::Stale(known.epoch));
+            }
+            if known.epoch == assignment.epoch && known.delete == assignment.delete {
+                return Ok(Offer::Known);
+            }
+        }
+        self.store(assignment)?;
+        entries.insert(assignment.uid, assignment.clone());
+        let settled = entries.values().filter(|a| a.delete).count();
+        if settled > SETTLED_MAX
+            && let Some(oldest) =
+                entries.values().filter(|a| a.delete).min_by_key(|a| a.epoch).map(|a| a.uid)
+        {
+            self.remove(&oldest)?;
+            entries.remove(&oldest);
+        }
+        Ok(Offer::Accepted)
+    }
+
+    fn store(&self, assignment: &Assignment) -> Result<(), LedgerError> {
+        let bytes = crate::records::write(assignment);
+        self.write(|table| table.insert(assignment.uid.to_string().as_str(), bytes.as_ref()).map(|_| ()))
+    }
+
+    fn remove(&self, uid: &AppUid) -> Result<(), LedgerError> {
+        self.write(|table| table.remove(uid.to_string().as_str()).map(|_| ()))
+    }
+
+    fn write(
+        &self,
+        change: impl FnOnce(&mut redb::Table<'_, &str, &[u8]>) -> Result<(), redb::StorageError>,
+    ) -> Result<(), LedgerError> {
+        let run = || -> Result<(), LoadError> {
+            let mut transaction = self.database.begin_write().map_err(boxed)?;
+            transaction.set_durability(Durability::Immediate).map_err(boxed)?;
+            change(&mut transaction.open_table(ASSIGNMENTS).map_err(boxed)?).map_err(boxed)?;
+            transaction.commit().map_err(boxed)
+        };
+        run().map_err(|error| match error {
+            LoadError::Store(source) => LedgerError::Store { path: self.path.clone(), source },
+            LoadError::Damaged { uid, source } => LedgerError::Damaged { uid, source },
+        })
+    }
+
+    /// What the site knows of an app.
+    pub fn get(&self, uid: &AppUid) -> Option<Assignment> {
+        self.entries.lock().get(uid).cloned()
+    }
+
+    /// Every entry, by UID.
+    pub fn all(&self) -> Vec<Assignment> {
+        self.entries.lock().values().cloned().collect()
+    }
+}
+
+enum LoadError {
+    Store(Box<redb::Error>),
+    Damaged { uid: String, source: serde_json::Error },
+}
+
+fn boxed<E: Into<redb::Error>>(error: E) -> LoadError {
+    LoadError::Store(Box::new(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use krake_model::AppKey;
+
+    use super::*;
+
+    fn assignment(index: u64, delete: bool) -> Assignment {
+        Assignment {
+            uid: AppUid::new(uuid::Uuid::from_u128(1)),
+            app: AppKey::new("default", "shop"),
+            backend: "default".to_owned(),
+            epoch: Epoch { incarnation: 0, term: 1, index },
+            delete,
+            generation: 1,
+            manifests: vec![serde_json::json!({"kind": "ConfigMap"})],
+        }
+    }
+
+    #[test]
+    fn an_older_epoch_is_refused_before_and_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("site.redb");
+        let ledger = Ledger::open(&path).unwrap();
+        assert_eq!(ledger.offer(&assignment(5, false)).unwrap(), Offer::Accepted);
+        assert_eq!(ledger.offer(&assignment(5, false)).unwrap(), Offer::Known);
+        assert_eq!(ledger.offer(&assignment(9, true)).unwrap(), Offer::Accepted);
+        drop(ledger);
+        let ledger = Ledger::open(&path).unwrap();
+        let newest = Epoch { incarnation: 0, term: 1, index: 9 };
+        assert_eq!(ledger.offer(&assignment(7, false)).unwrap(), Offer::Stale(newest));
+        assert!(ledger.get(&assignment(0, true).uid).unwrap().delete);
+    }
+}

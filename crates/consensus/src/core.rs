@@ -1,0 +1,417 @@
+//! All groups of one node as one step machine: inputs and time in, messages and writes out. No
+//! thread, clock, file or socket here.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use krake_model::ids::{GroupId, NodeId};
+use krake_model::revision::Revision;
+use tracing::{debug, error, info, warn};
+
+use crate::disk::Write;
+use crate::gate;
+use crate::group::Group;
+use crate::log::{GroupLog, HardState};
+use crate::machine::Change;
+use crate::voters::MemberInfo;
+use crate::wire::{Configuration, FRAME_MESSAGES_MAX, Frame, Message, MessageKind, Snapshot};
+
+/// Ticks between two looks at the groups' memberships.
+const RECONCILE_TICKS: u64 = 5;
+/// Ticks between two looks at how leaders spread over the nodes.
+const BALANCE_TICKS: u64 = 20;
+/// A leader younger than this is not moved for balance.
+const SETTLED_TICKS: u64 = 50;
+/// A frame is closed when it holds about this many bytes.
+const FRAME_BYTES: usize = 4 * 1024 * 1024;
+
+/// What the core is told once.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) replica: u64,
+    pub(crate) election_ticks: usize,
+    pub(crate) heartbeat_ticks: usize,
+    pub(crate) boot_nonce: u64,
+    pub(crate) seed: u64,
+    pub(crate) compact_entries: u64,
+    pub(crate) compact_bytes: usize,
+}
+
+/// Changes of one group, in commit order.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// Which group.
+    pub group: GroupId,
+    /// The group's newest stamp after the batch.
+    pub revision: Revision,
+    /// A snapshot replaced the whole map: read it anew. `changes` is empty then.
+    pub reset: bool,
+    /// What changed, all by one command.
+    pub changes: Vec<Change>,
+}
+
+/// One group as this node sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupStatus {
+    /// Which group.
+    pub group: GroupId,
+    /// The leader's replica id, when known.
+    pub leader: Option<u64>,
+    /// Whether this node leads it and its map is complete.
+    pub leads: bool,
+    /// Current Raft term.
+    pub term: u64,
+    /// Replicas that vote.
+    pub voters: BTreeSet<u64>,
+    /// Replicas that only follow.
+    pub learners: BTreeSet<u64>,
+}
+
+/// What one round asks the host to do, in this order: send `first`, write `writes`, then call
+/// [`Core::complete`].
+#[derive(Debug, Default)]
+pub(crate) struct Round {
+    pub(crate) first: Vec<(NodeId, Frame)>,
+    pub(crate) writes: Vec<Write>,
+}
+
+/// The groups.
+pub(crate) struct Core {
+    pub(crate) settings: Settings,
+    pub(crate) groups: BTreeMap<GroupId, Group>,
+    members: BTreeMap<u64, MemberInfo>,
+    replicas: BTreeMap<NodeId, u64>,
+    failed: BTreeSet<GroupId>,
+    counter: u64,
+    ticks: u64,
+}
+
+impl Core {
+    pub(crate) fn new(settings: Settings, logs: Vec<(GroupId, GroupLog)>) -> Result<Self, String> {
+        let mut groups = BTreeMap::new();
+        for (id, log) in logs {
+            groups.insert(id, Group::new(id, log, &settings)?);
+        }
+        Ok(Self {
+            settings,
+            groups,
+            members: BTreeMap::new(),
+            replicas: BTreeMap::new(),
+            failed: BTreeSet::new(),
+            counter: 0,
+            ticks: 0,
+        })
+    }
+
+    /// Makes a new group whose only voter is this replica. Its log starts behind a snapshot of
+    /// the empty map, so that every other replica begins with a snapshot.
+    pub(crate) fn bootstrap(&mut self, id: GroupId) -> Result<Write, String> {
+        let snapshot = Snapshot {
+            index: 1,
+            term: 1,
+            configuration: Configuration {
+                voters: vec![self.settings.replica],
+                learners: Vec::new(),
+            },
+            data: bytes::Bytes::new(),
+        };
+        let hard_state = HardState {
+            term: 1,
+            vote: 0,
+            commit: 1,
+        };
+        let log = GroupLog::new(hard_state, Some(snapshot.clone()), (1, 1), Vec::new());
+        let mut group = Group::new(id, log, &self.settings)?;
+        // Alone, it need not wait for an election timeout.
+        if let Err(error) = group.raw.campaign() {
+            debug!(group = %id, %error, "no campaign at bootstrap");
+        }
+        group.after_change(&self.settings);
+        self.groups.insert(id, group);
+        Ok(Write {
+            group: id,
+            entries: Vec::new(),
+            truncate_from: None,
+            snapshot: Some(snapshot),
+            drop_before: None,
+            hard_state,
+            start: (1, 1),
+        })
+    }
+
+    pub(crate) fn set_members(&mut self, members: Vec<MemberInfo>) {
+        self.replicas = members.iter().map(|m| (m.node, m.replica)).collect();
+        let members: BTreeMap<u64, MemberInfo> =
+            members.into_iter().map(|m| (m.replica, m)).collect();
+        if members != self.members {
+            self.members = members;
+            self.reconcile();
+        }
+    }
+
+    pub(crate) fn node_of(&self, replica: u64) -> Option<NodeId> {
+        self.members.get(&replica).map(|member| member.node)
+    }
+
+    pub(crate) fn tick(&mut self) {
+        self.ticks += 1;
+        self.each(|group, settings| group.tick(settings));
+        if self.ticks.is_multiple_of(RECONCILE_TICKS) {
+            for group in self.groups.values_mut() {
+                group.reconcile = true;
+            }
+        }
+        if self.ticks.is_multiple_of(BALANCE_TICKS) {
+            self.balance();
+        }
+    }
+
+    /// Runs `work` on every group; one that panics is put aside, the others go on.
+    fn each(&mut self, mut work: impl FnMut(&mut Group, &Settings)) {
+        let mut broken = Vec::new();
+        for (id, group) in &mut self.groups {
+            if catch_unwind(AssertUnwindSafe(|| work(group, &self.settings))).is_err() {
+                broken.push(*id);
+            }
+        }
+        self.set_aside(&broken);
+    }
+
+    fn set_aside(&mut self, broken: &[GroupId]) {
+        for id in broken {
+            error!(group = %id, "the replica of this group failed and takes no part until the node restarts; please report this");
+            self.groups.remove(id);
+            self.failed.insert(*id);
+        }
+    }
+
+    /// Takes a frame from an authenticated peer.
+    pub(crate) fn receive(&mut self, from: NodeId, frame: Frame) {
+        let Some(sender) = self.replicas.get(&from).copied() else {
+            debug!(%from, "a frame from a node that is no member was dropped");
+            return;
+        };
+        if frame.from != sender
+            || frame.to != self.settings.replica
+            || frame.messages.len() > FRAME_MESSAGES_MAX
+        {
+            warn!(%from, "a frame with a wrong address was dropped");
+            return;
+        }
+        for (id, message) in frame.messages {
+            self.receive_one(sender, id, message);
+        }
+    }
+
+    fn receive_one(&mut self, sender: u64, id: GroupId, message: Message) {
+        if self.failed.contains(&id) || id.number() >= Revision::GROUPS_MAX {
+            return;
+        }
+        if !self.groups.contains_key(&id) {
+            let log = GroupLog::new(HardState::default(), None, (0, 0), Vec::new());
+            match Group::new(id, log, &self.settings) {
+                Ok(group) => self.groups.insert(id, group),
+                Err(error) => {
+                    warn!(group = %id, error, "no replica could be made");
+                    return;
+                }
+            };
+        }
+        let Some(group) = self.groups.get_mut(&id) else {
+            return;
+        };
+        let last = group.raw.raft.raft_log.last_index();
+        let admitted = gate::admit(
+            &message,
+            sender,
+            self.settings.replica,
+            group.raw.raft.term,
+            group.raw.store(),
+            last,
+        );
+        if let Err(reason) = admitted {
+            warn!(group = %id, sender, kind = ?message.kind, %reason, "a Raft message was refused");
+            return;
+        }
+        let settings = &self.settings;
+        let stepped = catch_unwind(AssertUnwindSafe(|| group.step(message, settings)));
+        if stepped.is_err() {
+            self.set_aside(&[id]);
+        }
+    }
+
+    pub(crate) fn unreachable(&mut self, node: NodeId) {
+        let Some(replica) = self.replicas.get(&node).copied() else {
+            return;
+        };
+        for group in self.groups.values_mut() {
+            if group.is_leader() {
+                group.raw.report_unreachable(replica);
+            }
+        }
+    }
+
+    fn reconcile(&mut self) {
+        for group in self.groups.values_mut() {
+            group.reconcile = true;
+        }
+    }
+
+    /// When this node leads two groups more than some live voter of one of them, it hands one over.
+    fn balance(&mut self) {
+        let mut leads: BTreeMap<u64, usize> = self
+            .members
+            .values()
+            .filter(|member| member.alive)
+            .map(|member| (member.replica, 0))
+            .collect();
+        for group in self.groups.values() {
+            if let Some(count) = group.leader().and_then(|leader| leads.get_mut(&leader)) {
+                *count += 1;
+            }
+        }
+        let own = self.settings.replica;
+        let mine = leads.get(&own).copied().unwrap_or(0);
+        for group in self.groups.values_mut() {
+            let settled = self.ticks.saturating_sub(group.leader_since_tick) > SETTLED_TICKS;
+            if !group.leads() || !settled {
+                continue;
+            }
+            let target = group
+                .voters()
+                .into_iter()
+                .filter_map(|id| leads.get(&id).map(|count| (*count, id)))
+                .filter(|(count, id)| *id != own && count + 2 <= mine)
+                .min();
+            if let Some((_, id)) = target
+                && group.transfer(Some(id), own)
+            {
+                debug!(group = %group.id, to = id, "leadership handed over for balance");
+                return;
+            }
+        }
+    }
+
+    /// Hands every led group to another voter; returns how many are still led.
+    pub(crate) fn hand_over(&mut self) -> usize {
+        let own = self.settings.replica;
+        let mut led = 0;
+        for group in self.groups.values_mut() {
+            if group.is_leader() && group.voters().len() > 1 {
+                led += 1;
+                group.transfer(None, own);
+            }
+        }
+        led
+    }
+
+    /// Takes the first half of a round from all groups with something to do.
+    pub(crate) fn collect(&mut self) -> Round {
+        let mut round = Round::default();
+        let mut messages = Vec::new();
+        let mut broken = Vec::new();
+        let own = self.settings.replica;
+        for (id, group) in &mut self.groups {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                if group.reconcile {
+                    group.reconcile(&self.members, own);
+                }
+                if !group.dirty {
+                    return None;
+                }
+                let mut out = Vec::new();
+                let write = group.collect(&self.settings, &mut self.counter, &mut out);
+                Some((write, out))
+            }));
+            match result {
+                Err(_) => broken.push(*id),
+                Ok(None) => {}
+                Ok(Some((write, out))) => {
+                    round.writes.extend(write);
+                    messages.extend(out.into_iter().map(|message| (*id, message)));
+                }
+            }
+        }
+        self.set_aside(&broken);
+        round.first = self.frames(messages);
+        round
+    }
+
+    /// The second half, after the writes are durable.
+    pub(crate) fn complete(&mut self, batches: &mut VecDeque<Batch>) -> Vec<(NodeId, Frame)> {
+        let mut messages = Vec::new();
+        self.each(|group, settings| {
+            let mut out = Vec::new();
+            group.complete(settings, &mut out, batches);
+            messages.extend(out.into_iter().map(|message| (group.id, message)));
+        });
+        self.frames(messages)
+    }
+
+    /// Whether another round has something to do.
+    pub(crate) fn busy(&self) -> bool {
+        self.groups.values().any(Group::busy)
+    }
+
+    fn frames(&mut self, messages: Vec<(GroupId, Message)>) -> Vec<(NodeId, Frame)> {
+        let mut open: BTreeMap<u64, (usize, Vec<(GroupId, Message)>)> = BTreeMap::new();
+        let mut frames = Vec::new();
+        let own = self.settings.replica;
+        let frame = |to, messages| Frame {
+            from: own,
+            to,
+            messages,
+        };
+        for (group, message) in messages {
+            let to = message.to;
+            let Some(node) = self.members.get(&to).map(|member| member.node) else {
+                continue;
+            };
+            let size = 128
+                + message.snapshot.as_ref().map_or(0, |s| s.data.len())
+                + message
+                    .entries
+                    .iter()
+                    .map(|e| e.data.len() + 64)
+                    .sum::<usize>();
+            if message.kind == MessageKind::Snapshot
+                && let Some(group) = self.groups.get_mut(&group)
+            {
+                // Whether it arrives shows in the next answer; without this no other is sent.
+                group.raw.report_snapshot(to, raft::SnapshotStatus::Finish);
+                info!(group = %group.id, to, bytes = size, "snapshot sent");
+            }
+            let slot = open.entry(to).or_default();
+            let full = slot.0 + size > FRAME_BYTES || slot.1.len() >= FRAME_MESSAGES_MAX;
+            if full && !slot.1.is_empty() {
+                frames.push((node, frame(to, std::mem::take(&mut slot.1))));
+                slot.0 = 0;
+            }
+            slot.0 += size;
+            slot.1.push((group, message));
+        }
+        for (to, (_, messages)) in open {
+            if let Some(node) = self.node_of(to) {
+                frames.push((node, frame(to, messages)));
+            }
+        }
+        frames
+    }
+
+    pub(crate) fn status(&self) -> BTreeMap<GroupId, GroupStatus> {
+        self.groups
+            .values()
+            .map(|group| {
+                let status = GroupStatus {
+                    group: group.id,
+                    leader: group.leader(),
+                    leads: group.leads(),
+                    term: group.raw.raft.term,
+                    voters: group.voters(),
+                    learners: group.learners(),
+                };
+                (group.id, status)
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,659 @@
+//! One replica of one group: the library's state machine, our map, and who waits for what.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use krake_model::ids::GroupId;
+use krake_model::revision::Revision;
+use krake_model::time::Timestamp;
+use parking_lot::RwLock;
+use raft::eraftpb as pb;
+use raft::{RawNode, StateRole};
+use tokio::sync::oneshot;
+use tracing::{error, warn};
+
+use crate::command::{Command, Committed, ProposeError, RequestId};
+use crate::core::{Batch, Settings};
+use crate::disk::Write;
+use crate::log::{GroupLog, HardState};
+use crate::machine::{Answer, LogEntry, Machine};
+use crate::voters::{self, MemberInfo, Step};
+use crate::wire::{Configuration, Entry, Message, Snapshot};
+
+/// Answers to a proposal from the engine.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Done(Result<Committed, ProposeError>),
+    NotLeader(Option<u64>),
+}
+
+type Waiter = oneshot::Sender<Outcome>;
+
+/// A membership change travels in the entry's context in our own form.
+#[derive(Debug, Clone, Copy, serde::Serialize, serde::Deserialize)]
+enum ConfigurationChange {
+    AddVoter(u64),
+    AddLearner(u64),
+    Remove(u64),
+}
+
+impl ConfigurationChange {
+    fn to_raft(self) -> pb::ConfChange {
+        let (kind, id) = match self {
+            Self::AddVoter(id) => (pb::ConfChangeType::AddNode, id),
+            Self::AddLearner(id) => (pb::ConfChangeType::AddLearnerNode, id),
+            Self::Remove(id) => (pb::ConfChangeType::RemoveNode, id),
+        };
+        let mut change = pb::ConfChange::default();
+        change.set_change_type(kind);
+        change.node_id = id;
+        change
+    }
+}
+
+const CHANGE_VERSION: u8 = 1;
+/// Reads that wait at one group at most; more are turned away.
+const READS_MAX: usize = 4096;
+/// Ticks after which an unanswered read is asked again under a new context.
+const READ_RETRY_TICKS: u64 = 3;
+/// Entries kept before the snapshot, for replicas that are a little behind.
+const KEPT_ENTRIES: u64 = 200;
+
+#[derive(Debug, Default)]
+struct Reads {
+    /// Not yet asked.
+    queued: Vec<oneshot::Sender<()>>,
+    /// Asked under a context at a tick.
+    asked: BTreeMap<Vec<u8>, (u64, Vec<oneshot::Sender<()>>)>,
+    /// Confirmed, waiting until the index is applied.
+    confirmed: Vec<(u64, Vec<oneshot::Sender<()>>)>,
+}
+
+/// A group's replica.
+pub(crate) struct Group {
+    pub(crate) id: GroupId,
+    pub(crate) raw: RawNode<GroupLog>,
+    pub(crate) machine: Arc<RwLock<Machine>>,
+    proposals: BTreeMap<RequestId, Vec<Waiter>>,
+    reads: Reads,
+    last_stamp: Revision,
+    role: (u64, StateRole),
+    backlog: Vec<pb::Entry>,
+    ready: Option<raft::Ready>,
+    persisted: HardState,
+    compaction: Option<Write>,
+    /// A replica was added that the snapshot does not know; it could not start from it.
+    snapshot_wanted: bool,
+    pub(crate) reconcile: bool,
+    pub(crate) leader_since_tick: u64,
+    ticks: u64,
+    pub(crate) dirty: bool,
+}
+
+impl Group {
+    pub(crate) fn new(id: GroupId, log: GroupLog, settings: &Settings) -> Result<Self, String> {
+        let machine = Machine::decode(
+            &log.snapshot
+                .as_ref()
+                .map_or_else(Bytes::new, |snapshot| snapshot.data.clone()),
+        )
+        .map_err(|error| format!("the snapshot of group {id} is damaged: {error}"))?;
+        let applied = log.snapshot_index();
+        let persisted = log.hard_state;
+        let config = raft::Config {
+            id: settings.replica,
+            election_tick: settings.election_ticks,
+            heartbeat_tick: settings.heartbeat_ticks,
+            applied,
+            max_size_per_msg: 1024 * 1024,
+            max_inflight_msgs: 256,
+            check_quorum: true,
+            pre_vote: true,
+            max_uncommitted_size: 32 * 1024 * 1024,
+            ..raft::Config::default()
+        };
+        let logger = slog::Logger::root(slog::Discard, slog::o!());
+        let raw = RawNode::new(&config, log, &logger).map_err(|error| error.to_string())?;
+        let last_stamp = machine.last_stamp;
+        let role = (raw.raft.term, raw.raft.state);
+        let mut group = Self {
+            id,
+            raw,
+            machine: Arc::new(RwLock::new(machine)),
+            proposals: BTreeMap::new(),
+            reads: Reads::default(),
+            last_stamp,
+            role,
+            backlog: Vec::new(),
+            ready: None,
+            persisted,
+            compaction: None,
+            snapshot_wanted: false,
+            reconcile: true,
+            leader_since_tick: 0,
+            ticks: 0,
+            dirty: true,
+        };
+        group.fix_timeout(settings);
+        Ok(group)
+    }
+
+    pub(crate) fn is_leader(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader
+    }
+
+    /// Leader, and an entry of its own term is committed: its map is complete.
+    pub(crate) fn leads(&self) -> bool {
+        self.is_leader()
+            && self.raw.raft.commit_to_current_term()
+            && self.machine.read().applied >= self.raw.raft.raft_log.committed
+    }
+
+    pub(crate) fn leader(&self) -> Option<u64> {
+        Some(self.raw.raft.leader_id).filter(|id| *id != 0)
+    }
+
+    pub(crate) fn voters(&self) -> BTreeSet<u64> {
+        self.raw.raft.prs().conf().voters().ids().iter().collect()
+    }
+
+    pub(crate) fn learners(&self) -> BTreeSet<u64> {
+        self.raw
+            .raft
+            .prs()
+            .conf()
+            .learners()
+            .iter()
+            .copied()
+            .collect()
+    }
+
+    /// The library draws election timeouts from the thread's random numbers; ours come from a
+    /// hash of who, where and when, so that a simulation repeats.
+    fn fix_timeout(&mut self, settings: &Settings) {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&settings.seed.to_le_bytes());
+        hasher.update(&self.id.number().to_le_bytes());
+        hasher.update(&self.raw.raft.term.to_le_bytes());
+        hasher.update(&self.ticks.to_le_bytes());
+        let spread = u64::from(hasher.finalize().as_bytes()[0]) % settings.election_ticks as u64;
+        self.raw
+            .raft
+            .set_randomized_election_timeout(settings.election_ticks + spread as usize);
+    }
+
+    pub(crate) fn after_change(&mut self, settings: &Settings) {
+        self.dirty = true;
+        let role = (self.raw.raft.term, self.raw.raft.state);
+        if role == self.role {
+            return;
+        }
+        if role.1 != self.role.1 && role.1 == StateRole::Leader {
+            self.leader_since_tick = self.ticks;
+            self.reconcile = true;
+        }
+        self.role = role;
+        self.fix_timeout(settings);
+        if role.1 != StateRole::Leader {
+            let leader = self.leader();
+            for waiter in std::mem::take(&mut self.proposals).into_values().flatten() {
+                let _ = waiter.send(Outcome::NotLeader(leader));
+            }
+        }
+    }
+
+    pub(crate) fn tick(&mut self, settings: &Settings) {
+        self.ticks += 1;
+        if self.raw.tick() {
+            self.dirty = true;
+        }
+        self.after_tick_reads();
+        self.after_change(settings);
+    }
+
+    fn after_tick_reads(&mut self) {
+        let ticks = self.ticks;
+        let late: Vec<Vec<u8>> = self
+            .reads
+            .asked
+            .iter()
+            .filter(|(_, (asked, _))| ticks.saturating_sub(*asked) >= READ_RETRY_TICKS)
+            .map(|(context, _)| context.clone())
+            .collect();
+        for context in late {
+            if let Some((_, waiters)) = self.reads.asked.remove(&context) {
+                self.reads
+                    .queued
+                    .extend(waiters.into_iter().filter(|waiter| !waiter.is_closed()));
+            }
+        }
+    }
+
+    pub(crate) fn step(&mut self, message: Message, settings: &Settings) {
+        if let Err(error) = self.raw.step(message.into_raft()) {
+            tracing::debug!(group = %self.id, %error, "a message was not taken");
+        }
+        self.after_change(settings);
+    }
+
+    pub(crate) fn propose(&mut self, command: Command, waiter: Waiter, now: Timestamp) {
+        self.dirty = true;
+        if let Some(answer) = self.machine.read().answer(command.request) {
+            let _ = waiter.send(Outcome::Done(self.to_result(answer.clone())));
+            return;
+        }
+        if !self.is_leader() {
+            let _ = waiter.send(Outcome::NotLeader(self.leader()));
+            return;
+        }
+        if let Some(waiters) = self.proposals.get_mut(&command.request) {
+            waiters.push(waiter);
+            return;
+        }
+        let floor = self.last_stamp.max(self.machine.read().last_stamp);
+        let stamp = Revision::next(floor, now, self.id.number());
+        let request = command.request;
+        let data = match (LogEntry { stamp, command }).encode() {
+            Ok(data) => data,
+            Err(error) => {
+                let _ = waiter.send(Outcome::Done(Err(ProposeError::Invalid(error.to_string()))));
+                return;
+            }
+        };
+        match self.raw.propose(Vec::new(), data) {
+            Ok(()) => {
+                self.last_stamp = stamp;
+                self.proposals.entry(request).or_default().push(waiter);
+            }
+            // Dropped while leadership is handed over or too much is in flight: ask again.
+            Err(_) => {
+                let _ = waiter.send(Outcome::NotLeader(None));
+            }
+        }
+    }
+
+    fn to_result(&self, answer: Answer) -> Result<Committed, ProposeError> {
+        match answer {
+            Answer::Committed(committed) => Ok(committed),
+            Answer::Conflict { key, actual } => Err(ProposeError::Conflict { key, actual }),
+            Answer::Full => Err(ProposeError::Full {
+                group: self.id,
+                limit: crate::machine::GROUP_BYTES_MAX,
+            }),
+        }
+    }
+
+    pub(crate) fn read(&mut self, waiter: oneshot::Sender<()>) {
+        self.dirty = true;
+        let waiting = self.reads.queued.len()
+            + self
+                .reads
+                .asked
+                .values()
+                .map(|(_, w)| w.len())
+                .sum::<usize>();
+        if waiting < READS_MAX {
+            self.reads.queued.push(waiter);
+        }
+    }
+
+    /// Asks for all queued reads at once, under a context that was never used before.
+    fn ask_reads(&mut self, settings: &Settings, counter: &mut u64) {
+        if self.reads.queued.is_empty() {
+            return;
+        }
+        let can_ask = if self.is_leader() {
+            self.raw.raft.commit_to_current_term()
+        } else {
+            self.leader().is_some()
+        };
+        if !can_ask {
+            self.reads.queued.retain(|waiter| !waiter.is_closed());
+            return;
+        }
+        *counter += 1;
+        let mut context = settings.boot_nonce.to_le_bytes().to_vec();
+        context.extend_from_slice(&counter.to_le_bytes());
+        let waiters = std::mem::take(&mut self.reads.queued);
+        self.reads
+            .asked
+            .insert(context.clone(), (self.ticks, waiters));
+        self.raw.read_index(context);
+    }
+
+    /// First half of a round: what to send at once, what to write.
+    pub(crate) fn collect(
+        &mut self,
+        settings: &Settings,
+        counter: &mut u64,
+        out: &mut Vec<Message>,
+    ) -> Option<Write> {
+        self.dirty = false;
+        self.ask_reads(settings, counter);
+        let mut write = self.compaction.take();
+        if !self.raw.has_ready() {
+            if write.is_none() && !has_configuration_change(&self.backlog) {
+                return None;
+            }
+            let mut write = write.unwrap_or_else(|| self.empty_write());
+            write.hard_state = self.raw.store().hard_state;
+            self.persisted = write.hard_state;
+            return Some(write);
+        }
+        let mut ready = self.raw.ready();
+        send(ready.take_messages(), out);
+        let mut must_write = has_configuration_change(&self.backlog)
+            || has_configuration_change(ready.committed_entries())
+            || ready.must_sync();
+        if let Some(state) = ready.hs() {
+            self.raw.mut_store().hard_state = HardState {
+                term: state.term,
+                vote: state.vote,
+                commit: state.commit,
+            };
+        }
+        let mut truncate_from = None;
+        let mut drop_before = None;
+        let mut snapshot = None;
+        if !ready.snapshot().is_empty() {
+            let installed = Snapshot::from_raft(ready.snapshot());
+            self.raw.mut_store().install(installed.clone());
+            truncate_from = Some(0);
+            drop_before = Some(installed.index + 1);
+            snapshot = Some(installed);
+            must_write = true;
+        }
+        let entries = ready.take_entries();
+        if let Some(first) = entries.first() {
+            if snapshot.is_none() && first.index <= self.raw.store().last() {
+                truncate_from = Some(first.index);
+            }
+            must_write = true;
+        }
+        let records = entries.iter().map(Entry::from_raft).collect();
+        self.raw.mut_store().append(entries);
+        self.ready = Some(ready);
+        if !must_write && write.is_none() {
+            return None;
+        }
+        let fresh = write.is_none();
+        let mut write = write.take().unwrap_or_else(|| self.empty_write());
+        write.entries = records;
+        write.truncate_from = truncate_from;
+        if snapshot.is_some() {
+            write.snapshot = snapshot;
+            write.drop_before = drop_before;
+        } else if fresh {
+            write.drop_before = None;
+        }
+        write.hard_state = self.raw.store().hard_state;
+        write.start = self.raw.store().start();
+        self.persisted = write.hard_state;
+        Some(write)
+    }
+
+    fn empty_write(&self) -> Write {
+        Write {
+            group: self.id,
+            entries: Vec::new(),
+            truncate_from: None,
+            snapshot: None,
+            drop_before: None,
+            hard_state: self.raw.store().hard_state,
+            start: self.raw.store().start(),
+        }
+    }
+
+    /// Second half of a round, after the write is on disk: what was promised may be sent, what is
+    /// committed is applied.
+    pub(crate) fn complete(
+        &mut self,
+        settings: &Settings,
+        out: &mut Vec<Message>,
+        batches: &mut VecDeque<Batch>,
+    ) {
+        let mut committed = std::mem::take(&mut self.backlog);
+        let mut installed = None;
+        if let Some(mut ready) = self.ready.take() {
+            send(ready.take_persisted_messages(), out);
+            if !ready.snapshot().is_empty() {
+                self.install(ready.snapshot(), batches);
+                installed = Some(ready.snapshot().get_metadata().index);
+                committed.clear();
+            }
+            for state in ready.take_read_states() {
+                if let Some((_, waiters)) = self.reads.asked.remove(&state.request_ctx) {
+                    self.reads.confirmed.push((state.index, waiters));
+                }
+            }
+            committed.extend(ready.take_committed_entries());
+            let mut light = self.raw.advance_append(ready);
+            send(light.take_messages(), out);
+            if let Some(commit) = light.commit_index() {
+                self.raw.mut_store().hard_state.commit = commit;
+            }
+            self.backlog = light.take_committed_entries();
+            self.dirty = true;
+        }
+        let last = committed.last().map(|entry| entry.index).or(installed);
+        for entry in committed {
+            self.apply(entry, batches);
+        }
+        if let Some(last) = last {
+            self.raw.advance_apply_to(last);
+            self.after_change(settings);
+            self.compact(settings);
+        }
+        let applied = self.machine.read().applied;
+        let (done, waiting) = std::mem::take(&mut self.reads.confirmed)
+            .into_iter()
+            .partition(|(index, _)| *index <= applied);
+        self.reads.confirmed = waiting;
+        let done: Vec<(u64, Vec<oneshot::Sender<()>>)> = done;
+        for waiter in done.into_iter().flat_map(|(_, waiters)| waiters) {
+            let _ = waiter.send(());
+        }
+    }
+
+    pub(crate) fn busy(&self) -> bool {
+        self.dirty
+            && (self.raw.has_ready() || !self.backlog.is_empty() || self.compaction.is_some())
+    }
+
+    fn install(&mut self, snapshot: &pb::Snapshot, batches: &mut VecDeque<Batch>) {
+        match Machine::decode(&snapshot.data) {
+            Ok(mut machine) => {
+                machine.applied = snapshot.get_metadata().index;
+                let revision = machine.last_stamp;
+                *self.machine.write() = machine;
+                batches.push_back(Batch {
+                    group: self.id,
+                    revision,
+                    reset: true,
+                    changes: Vec::new(),
+                });
+            }
+            // The gate decoded it before it was taken.
+            Err(error) => error!(group = %self.id, %error, "a snapshot could not be installed"),
+        }
+    }
+
+    fn apply(&mut self, entry: pb::Entry, batches: &mut VecDeque<Batch>) {
+        if entry.get_entry_type() != pb::EntryType::EntryNormal {
+            self.apply_configuration(&entry);
+            self.machine.write().skip(entry.index);
+            return;
+        }
+        if entry.data.is_empty() {
+            self.machine.write().skip(entry.index);
+            return;
+        }
+        let decoded = match LogEntry::decode(&entry.data) {
+            Ok(decoded) => decoded,
+            Err(error) => {
+                // Every replica reads the same bytes, so every replica skips it.
+                error!(group = %self.id, index = entry.index, %error, "a log entry is not readable and has no effect");
+                self.machine.write().skip(entry.index);
+                return;
+            }
+        };
+        let request = decoded.command.request;
+        let (answer, changes, revision) = {
+            let mut machine = self.machine.write();
+            let (answer, changes) = machine.apply(entry.term, entry.index, decoded);
+            (answer, changes, machine.last_stamp)
+        };
+        if !changes.is_empty() {
+            batches.push_back(Batch {
+                group: self.id,
+                revision,
+                reset: false,
+                changes,
+            });
+        }
+        if let Some(waiters) = self.proposals.remove(&request) {
+            let result = self.to_result(answer);
+            for waiter in waiters {
+                let _ = waiter.send(Outcome::Done(result.clone()));
+            }
+        }
+    }
+
+    fn apply_configuration(&mut self, entry: &pb::Entry) {
+        self.reconcile = true;
+        let change: ConfigurationChange = match krake_model::codec::decode(
+            CHANGE_VERSION,
+            &entry.context,
+            64,
+        ) {
+            Ok(change) => change,
+            Err(error) => {
+                error!(group = %self.id, index = entry.index, %error, "a membership change is not readable and has no effect");
+                return;
+            }
+        };
+        if let Err(error) = self.raw.apply_conf_change(&change.to_raft()) {
+            warn!(group = %self.id, ?change, %error, "a membership change had no effect");
+        }
+        self.snapshot_wanted |= matches!(
+            change,
+            ConfigurationChange::AddLearner(id) if !self.raw.store().snapshot_knows(id)
+        );
+    }
+
+    fn configuration(&self) -> Configuration {
+        Configuration::from_raft(&self.raw.raft.prs().conf().to_conf_state())
+    }
+
+    fn compact(&mut self, settings: &Settings) {
+        let applied = self.machine.read().applied;
+        let log = self.raw.store();
+        let since = applied.saturating_sub(log.snapshot_index());
+        let long = since >= settings.compact_entries
+            || (log.bytes() > settings.compact_bytes && since > 64);
+        if !(long || std::mem::take(&mut self.snapshot_wanted)) {
+            return;
+        }
+        let (Ok(term), Ok(data)) = (
+            raft::Storage::term(log, applied),
+            self.machine.read().encode(),
+        ) else {
+            error!(group = %self.id, "no snapshot could be made; the log stays longer");
+            return;
+        };
+        let snapshot = Snapshot {
+            index: applied,
+            term,
+            configuration: self.configuration(),
+            data: data.into(),
+        };
+        let log = self.raw.mut_store();
+        log.snapshot = Some(snapshot.clone());
+        log.compact(applied.saturating_sub(KEPT_ENTRIES));
+        let first = log.first();
+        let mut write = self.empty_write();
+        write.snapshot = Some(snapshot);
+        write.drop_before = Some(first);
+        self.compaction = Some(write);
+        self.dirty = true;
+    }
+
+    /// Moves the group's membership one step towards what it should be.
+    pub(crate) fn reconcile(&mut self, members: &BTreeMap<u64, MemberInfo>, own: u64) {
+        if !self.leads() || members.is_empty() || self.raw.raft.has_pending_conf() {
+            return;
+        }
+        self.reconcile = false;
+        let (voters, learners) = (self.voters(), self.learners());
+        let desired = voters::desired_voters(self.id, members, &voters);
+        let last = self.raw.raft.raft_log.last_index();
+        let caught_up: BTreeSet<u64> = learners
+            .iter()
+            .filter(|id| {
+                self.raw.raft.prs().get(**id).is_some_and(|progress| {
+                    progress.matched > 0 && progress.matched + KEPT_ENTRIES >= last
+                })
+            })
+            .copied()
+            .collect();
+        let step = voters::next_step(members, &voters, &learners, &desired, &caught_up);
+        let change = match step {
+            None => return,
+            Some(Step::AddLearner(id)) => ConfigurationChange::AddLearner(id),
+            Some(Step::Promote(id)) => ConfigurationChange::AddVoter(id),
+            Some(Step::Demote(id) | Step::Remove(id)) if id == own => {
+                if let Some(next) = desired.iter().find(|id| **id != own && voters.contains(id)) {
+                    self.raw.transfer_leader(*next);
+                }
+                return;
+            }
+            Some(Step::Demote(id)) => ConfigurationChange::AddLearner(id),
+            Some(Step::Remove(id)) => ConfigurationChange::Remove(id),
+        };
+        let Ok(context) = krake_model::codec::encode(CHANGE_VERSION, &change) else {
+            return;
+        };
+        if let Err(error) = self.raw.propose_conf_change(context, change.to_raft()) {
+            tracing::debug!(group = %self.id, ?change, %error, "a membership change waits");
+        }
+        self.dirty = true;
+    }
+
+    /// Hands leadership to a voter that has the whole log; `false` when there is none.
+    pub(crate) fn transfer(&mut self, to: Option<u64>, own: u64) -> bool {
+        if !self.is_leader() {
+            return false;
+        }
+        let last = self.raw.raft.raft_log.last_index();
+        let ready = |id: &u64| {
+            *id != own
+                && self
+                    .raw
+                    .raft
+                    .prs()
+                    .get(*id)
+                    .is_some_and(|progress| progress.recent_active && progress.matched >= last)
+        };
+        let target = match to {
+            Some(id) => Some(id).filter(|id| ready(id) && self.voters().contains(id)),
+            None => self.voters().into_iter().find(ready),
+        };
+        let Some(target) = target else {
+            return false;
+        };
+        self.raw.transfer_leader(target);
+        self.dirty = true;
+        true
+    }
+}
+
+fn has_configuration_change(entries: &[pb::Entry]) -> bool {
+    entries
+        .iter()
+        .any(|entry| entry.get_entry_type() != pb::EntryType::EntryNormal)
+}
+
+fn send(messages: impl IntoIterator<Item = pb::Message>, out: &mut Vec<Message>) {
+    out.extend(messages.into_iter().filter_map(|m| Message::from_raft(&m)));
+}

@@ -1,0 +1,626 @@
+//! Runs the core: one thread that owns it, its file and its clock, and the handle others use.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use krake_model::ids::{GroupId, NodeId};
+use krake_model::revision::Revision;
+use krake_model::time::Timestamp;
+use parking_lot::RwLock;
+use tokio::sync::{broadcast, oneshot, watch};
+use tracing::{debug, error};
+
+use crate::command::{Command, Committed, ProposeError, ReadError};
+use crate::core::{Batch, Core, GroupStatus, Settings};
+use crate::disk::{Disk, DiskError};
+use crate::group::Outcome;
+use crate::machine::{Entry, Machine};
+use crate::voters::MemberInfo;
+use crate::wire::{Call, CallReply, Frame};
+
+/// Inputs that wait for the thread at most; beyond that peers' frames are dropped (Raft sends
+/// again) and callers wait.
+const INPUTS_MAX: usize = 4096;
+/// Inputs taken into one round at most.
+const ROUND_INPUTS: usize = 512;
+/// Batches a slow watcher may be behind.
+const WATCH_BACKLOG: usize = 8192;
+/// First pause before a proposal is tried again; doubles up to [`RETRY_PAUSE_MAX`].
+const RETRY_PAUSE: Duration = Duration::from_millis(15);
+const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
+
+/// How bytes reach another member.
+#[async_trait]
+pub trait Transport: Send + Sync + 'static {
+    /// Sends a frame, best effort, without waiting. `false`: it is known not to have left.
+    fn send(&self, to: NodeId, frame: Vec<u8>) -> bool;
+    /// Asks a question and waits for the answer, at most `timeout`.
+    ///
+    /// # Errors
+    /// A text that says why there is no answer.
+    async fn call(&self, to: NodeId, bytes: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, String>;
+}
+
+/// What a host needs to start.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// This node.
+    pub node: NodeId,
+    /// Its replica id in every group, from 1; the same for ever.
+    pub replica: u64,
+    /// Where the catalog's file is.
+    pub path: PathBuf,
+    /// Counts this node's starts: read contexts never repeat.
+    pub boot: u64,
+    /// Raft's unit of time.
+    pub tick: Duration,
+    /// Ticks without a leader after which an election starts (to twice as many, spread).
+    pub election_ticks: usize,
+    /// Ticks between heartbeats.
+    pub heartbeat_ticks: usize,
+    /// Entries after which the log is replaced by a snapshot.
+    pub compact_entries: u64,
+}
+
+impl Config {
+    /// The timing of production nodes: heartbeats every 200 ms, elections after 0.5 to 1 s.
+    pub fn new(node: NodeId, replica: u64, path: PathBuf, boot: u64) -> Self {
+        Self {
+            node,
+            replica,
+            path,
+            boot,
+            tick: Duration::from_millis(100),
+            election_ticks: 5,
+            heartbeat_ticks: 2,
+            compact_entries: 1000,
+        }
+    }
+}
+
+enum Input {
+    Frame(NodeId, Frame),
+    Propose(GroupId, Command, oneshot::Sender<Outcome>),
+    Read(GroupId, oneshot::Sender<()>),
+    Members(Vec<MemberInfo>),
+    Bootstrap(Vec<GroupId>, oneshot::Sender<Result<(), DiskError>>),
+    HandOver(oneshot::Sender<usize>),
+    Stop,
+}
+
+type Machines = Arc<RwLock<BTreeMap<GroupId, Arc<RwLock<Machine>>>>>;
+
+struct Shared {
+    inputs: SyncSender<Input>,
+    machines: Machines,
+    members: RwLock<BTreeMap<u64, NodeId>>,
+    batches: broadcast::Sender<Batch>,
+    status: watch::Receiver<BTreeMap<GroupId, GroupStatus>>,
+    failure: watch::Receiver<Option<String>>,
+    transport: Arc<dyn Transport>,
+    replica: u64,
+}
+
+/// The handle; cheap to clone.
+#[derive(Clone)]
+pub struct Host {
+    shared: Arc<Shared>,
+    thread: Arc<parking_lot::Mutex<Option<std::thread::JoinHandle<()>>>>,
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host")
+            .field("replica", &self.shared.replica)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Host {
+    /// Opens the file, replays every group and starts the thread. `clock` gives wall time, for
+    /// stamps only.
+    ///
+    /// # Errors
+    /// When the file cannot be opened or read.
+    pub fn start(
+        config: &Config,
+        transport: Arc<dyn Transport>,
+        clock: impl Fn() -> Timestamp + Send + 'static,
+    ) -> Result<Self, DiskError> {
+        let disk = Disk::open(&config.path)?;
+        let mut seed = [0_u8; 8];
+        seed.copy_from_slice(&config.node.as_bytes()[..8]);
+        let settings = Settings {
+            replica: config.replica,
+            election_ticks: config.election_ticks,
+            heartbeat_ticks: config.heartbeat_ticks,
+            boot_nonce: (config.replica << 32) | (config.boot & 0xffff_ffff),
+            seed: u64::from_le_bytes(seed) ^ config.boot,
+            compact_entries: config.compact_entries,
+            compact_bytes: 8 * 1024 * 1024,
+        };
+        let core = Core::new(settings, disk.load()?).map_err(DiskError::Io)?;
+        let (inputs, receiver) = sync_channel(INPUTS_MAX);
+        let (batches, _) = broadcast::channel(WATCH_BACKLOG);
+        let (status_sender, status) = watch::channel(BTreeMap::new());
+        let (failure_sender, failure) = watch::channel(None);
+        let machines: Machines = Arc::default();
+        let mut engine = Engine {
+            core,
+            disk,
+            inputs: receiver,
+            transport: Arc::clone(&transport),
+            machines: Arc::clone(&machines),
+            batches: batches.clone(),
+            status: status_sender,
+            clock: Box::new(clock),
+            tick: config.tick,
+        };
+        // What was committed before the restart is applied before anybody reads.
+        engine.rounds()?;
+        let thread = std::thread::Builder::new()
+            .name("krake-consensus".to_owned())
+            .spawn(move || {
+                if let Err(failure) = engine.run() {
+                    error!(%failure, "the catalog stops: nothing may be acknowledged that is not on disk");
+                    failure_sender.send_replace(Some(failure.to_string()));
+                }
+            })
+            .map_err(|error| DiskError::Io(format!("no thread for the catalog: {error}")))?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                inputs,
+                machines,
+                members: RwLock::default(),
+                batches,
+                status,
+                failure,
+                transport,
+                replica: config.replica,
+            }),
+            thread: Arc::new(parking_lot::Mutex::new(Some(thread))),
+        })
+    }
+
+    async fn input(&self, input: Input) -> bool {
+        let mut input = input;
+        loop {
+            match self.shared.inputs.try_send(input) {
+                Ok(()) => return true,
+                Err(TrySendError::Disconnected(_)) => return false,
+                Err(TrySendError::Full(back)) => {
+                    input = back;
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            }
+        }
+    }
+
+    /// Makes new groups with this node as their only replica; those that exist are left alone.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub async fn bootstrap(&self, groups: Vec<GroupId>) -> Result<(), DiskError> {
+        let (reply, answer) = oneshot::channel();
+        self.input(Input::Bootstrap(groups, reply)).await;
+        answer
+            .await
+            .unwrap_or_else(|_| Err(DiskError::Io("the catalog has stopped".to_owned())))
+    }
+
+    /// Tells who the members are; the groups' replicas follow.
+    pub async fn set_members(&self, members: Vec<MemberInfo>) {
+        *self.shared.members.write() = members.iter().map(|m| (m.replica, m.node)).collect();
+        self.input(Input::Members(members)).await;
+    }
+
+    /// Takes a frame from an authenticated peer; drops it when the thread is far behind.
+    pub fn receive(&self, from: NodeId, frame: &[u8]) {
+        match Frame::decode(frame) {
+            Ok(frame) => {
+                if let Err(TrySendError::Full(_)) =
+                    self.shared.inputs.try_send(Input::Frame(from, frame))
+                {
+                    debug!(%from, "too busy: a frame was dropped");
+                }
+            }
+            Err(error) => debug!(%from, %error, "a frame is not readable"),
+        }
+    }
+
+    /// Answers a question that another member's [`Transport::call`] brought.
+    ///
+    /// # Errors
+    /// When the question is not readable.
+    pub async fn handle_call(&self, bytes: &[u8]) -> Result<Vec<u8>, String> {
+        let Call::Propose {
+            group,
+            command,
+            patience,
+        } = Call::decode(bytes).map_err(|error| error.to_string())?;
+        let reply = match command.validate() {
+            Err(error) => CallReply::Proposed(Err(error)),
+            Ok(()) => {
+                let patience = Duration::from_millis(u64::from(patience.min(60_000)));
+                match tokio::time::timeout(patience, self.attempt(group, command)).await {
+                    Err(_) => CallReply::Proposed(Err(ProposeError::Timeout { group })),
+                    Ok(Outcome::Done(result)) => CallReply::Proposed(result),
+                    Ok(Outcome::NotLeader(leader)) => CallReply::NotLeader(leader),
+                }
+            }
+        };
+        reply.encode().map_err(|error| error.to_string())
+    }
+
+    async fn attempt(&self, group: GroupId, command: Command) -> Outcome {
+        let (reply, answer) = oneshot::channel();
+        if !self.input(Input::Propose(group, command, reply)).await {
+            return Outcome::Done(Err(ProposeError::Stopped));
+        }
+        answer.await.unwrap_or(Outcome::NotLeader(None))
+    }
+
+    /// Proposes a command to `group`'s leader, wherever it is, and waits until it took effect.
+    /// Repeats under the same request id while leaders change. Dropping the future does not
+    /// withdraw what was proposed.
+    ///
+    /// # Errors
+    /// See [`ProposeError`].
+    pub async fn propose(
+        &self,
+        group: GroupId,
+        command: Command,
+        timeout: Duration,
+    ) -> Result<Committed, ProposeError> {
+        command.validate()?;
+        let deadline = tokio::time::Instant::now() + timeout;
+        let mut pause = RETRY_PAUSE;
+        let mut hint = None;
+        loop {
+            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            if left.is_zero() {
+                return Err(ProposeError::Timeout { group });
+            }
+            if self.failure().is_some() {
+                return Err(ProposeError::Stopped);
+            }
+            let attempt = self.try_once(group, &command, hint.take(), left);
+            match tokio::time::timeout(left, attempt).await {
+                Err(_) => return Err(ProposeError::Timeout { group }),
+                Ok(Outcome::Done(Err(ProposeError::Timeout { .. }))) => {}
+                Ok(Outcome::Done(result)) => return result,
+                Ok(Outcome::NotLeader(leader)) => {
+                    hint = leader.filter(|id| *id != self.shared.replica);
+                    if hint.is_some() && pause == RETRY_PAUSE {
+                        pause *= 2;
+                        continue;
+                    }
+                }
+            }
+            tokio::time::sleep(pause.min(left)).await;
+            pause = (pause * 2).min(RETRY_PAUSE_MAX);
+        }
+    }
+
+    async fn try_once(
+        &self,
+        group: GroupId,
+        command: &Command,
+        hint: Option<u64>,
+        left: Duration,
+    ) -> Outcome {
+        let leader = hint.or_else(|| {
+            let status = self.shared.status.borrow();
+            status.get(&group).and_then(|status| status.leader)
+        });
+        let Some(leader) = leader.filter(|id| *id != self.shared.replica) else {
+            return self.attempt(group, command.clone()).await;
+        };
+        let Some(node) = self.node_of(leader) else {
+            return Outcome::NotLeader(None);
+        };
+        // A leader that does not answer may be gone: after a second we look for another.
+        let patience = left.min(Duration::from_secs(1));
+        let call = Call::Propose {
+            group,
+            command: command.clone(),
+            patience: patience.as_millis() as u32,
+        };
+        let bytes = match call.encode() {
+            Ok(bytes) => bytes,
+            Err(error) => return Outcome::Done(Err(ProposeError::Invalid(error.to_string()))),
+        };
+        match self.shared.transport.call(node, bytes, patience).await {
+            Err(reason) => {
+                debug!(%node, reason, "the leader did not answer");
+                Outcome::NotLeader(None)
+            }
+            Ok(bytes) => match CallReply::decode(&bytes) {
+                Ok(CallReply::Proposed(result)) => Outcome::Done(result),
+                Ok(CallReply::NotLeader(leader)) => Outcome::NotLeader(leader),
+                Err(error) => Outcome::Done(Err(ProposeError::Invalid(error.to_string()))),
+            },
+        }
+    }
+
+    /// The node with a replica id.
+    pub fn node_of(&self, replica: u64) -> Option<NodeId> {
+        self.shared.members.read().get(&replica).copied()
+    }
+
+    fn machine(&self, group: GroupId) -> Option<Arc<RwLock<Machine>>> {
+        self.shared.machines.read().get(&group).cloned()
+    }
+
+    /// Reads one key from this node's replica, as new as it has it.
+    pub fn get(&self, group: GroupId, key: &str) -> Option<Entry> {
+        self.machine(group)?.read().get(key).cloned()
+    }
+
+    /// Reads all entries whose key starts with `prefix` from this node's replica, in key order,
+    /// and the group's newest stamp at that moment.
+    pub fn list(&self, group: GroupId, prefix: &str) -> (Vec<(String, Entry)>, Revision) {
+        let Some(machine) = self.machine(group) else {
+            return (Vec::new(), Revision::NONE);
+        };
+        let machine = machine.read();
+        let entries = machine
+            .range(prefix)
+            .map(|(key, entry)| (key.clone(), entry.clone()))
+            .collect();
+        (entries, machine.last_stamp)
+    }
+
+    /// The newest stamp this node's replica of a group has applied.
+    pub fn revision(&self, group: GroupId) -> Revision {
+        self.machine(group)
+            .map_or(Revision::NONE, |machine| machine.read().last_stamp)
+    }
+
+    /// Entries and bytes this node's replica of a group holds.
+    pub fn size(&self, group: GroupId) -> (usize, u64) {
+        self.machine(group).map_or((0, 0), |machine| {
+            let machine = machine.read();
+            (machine.len(), machine.bytes())
+        })
+    }
+
+    /// Waits until this node's replicas of `groups` have everything that was committed before the
+    /// call, by `ReadIndex` (Ongaro 2014, §6.4): what is read after it is linearizable.
+    ///
+    /// # Errors
+    /// [`ReadError::Timeout`] names the first group without an answer.
+    pub async fn read_barrier(
+        &self,
+        groups: &[GroupId],
+        timeout: Duration,
+    ) -> Result<(), ReadError> {
+        let deadline = tokio::time::Instant::now() + timeout;
+        let reads = groups
+            .iter()
+            .map(|group| self.barrier_one(*group, deadline));
+        futures::future::try_join_all(reads).await.map(|_| ())
+    }
+
+    async fn barrier_one(
+        &self,
+        group: GroupId,
+        deadline: tokio::time::Instant,
+    ) -> Result<(), ReadError> {
+        loop {
+            let (reply, answer) = oneshot::channel();
+            if !self.input(Input::Read(group, reply)).await || self.failure().is_some() {
+                return Err(ReadError::Stopped);
+            }
+            match tokio::time::timeout_at(deadline, answer).await {
+                Err(_) => return Err(ReadError::Timeout { group }),
+                Ok(Ok(())) => return Ok(()),
+                // Turned away, or the group is not here yet.
+                Ok(Err(_)) => {
+                    let wait = tokio::time::Instant::now() + RETRY_PAUSE_MAX;
+                    if wait >= deadline {
+                        return Err(ReadError::Timeout { group });
+                    }
+                    tokio::time::sleep_until(wait).await;
+                }
+            }
+        }
+    }
+
+    /// Every change from now on, in order within a group. A receiver that falls far behind gets
+    /// `Lagged` and must read anew.
+    pub fn watch(&self) -> broadcast::Receiver<Batch> {
+        self.shared.batches.subscribe()
+    }
+
+    /// Leaders and voters of all groups as this node sees them; changes wake the receiver.
+    pub fn status(&self) -> watch::Receiver<BTreeMap<GroupId, GroupStatus>> {
+        self.shared.status.clone()
+    }
+
+    /// Whether this node leads the group with a complete map.
+    pub fn leads(&self, group: GroupId) -> bool {
+        self.shared
+            .status
+            .borrow()
+            .get(&group)
+            .is_some_and(|status| status.leads)
+    }
+
+    /// Why the host has failed, if it has.
+    pub fn failure(&self) -> Option<String> {
+        self.shared.failure.borrow().clone()
+    }
+
+    /// Wakes when the host fails.
+    pub fn failed(&self) -> watch::Receiver<Option<String>> {
+        self.shared.failure.clone()
+    }
+
+    /// Hands all leadership to others, waiting at most `timeout`; `true` when none is left here.
+    pub async fn hand_over(&self, timeout: Duration) -> bool {
+        let deadline = tokio::time::Instant::now() + timeout;
+        loop {
+            let (reply, answer) = oneshot::channel();
+            if !self.input(Input::HandOver(reply)).await {
+                return false;
+            }
+            match tokio::time::timeout_at(deadline, answer).await {
+                Ok(Ok(0)) => return true,
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) | Err(_) => return false,
+            }
+            let next = tokio::time::Instant::now() + Duration::from_millis(30);
+            if next >= deadline {
+                return false;
+            }
+            tokio::time::sleep_until(next).await;
+        }
+    }
+
+    /// Stops the thread after the round it is in; everything acknowledged is on disk.
+    pub async fn stop(&self) {
+        self.input(Input::Stop).await;
+        let thread = self.thread.lock().take();
+        if let Some(thread) = thread {
+            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        }
+    }
+}
+
+struct Engine {
+    core: Core,
+    disk: Disk,
+    inputs: Receiver<Input>,
+    transport: Arc<dyn Transport>,
+    machines: Machines,
+    batches: broadcast::Sender<Batch>,
+    status: watch::Sender<BTreeMap<GroupId, GroupStatus>>,
+    clock: Box<dyn Fn() -> Timestamp + Send>,
+    tick: Duration,
+}
+
+impl Engine {
+    fn run(&mut self) -> Result<(), DiskError> {
+        let mut next_tick = Instant::now() + self.tick;
+        loop {
+            let wait = next_tick.saturating_duration_since(Instant::now());
+            match self.inputs.recv_timeout(wait) {
+                Ok(input) => {
+                    if !self.take(input)? {
+                        return Ok(());
+                    }
+                    for _ in 1..ROUND_INPUTS {
+                        let Ok(input) = self.inputs.try_recv() else {
+                            break;
+                        };
+                        if !self.take(input)? {
+                            return Ok(());
+                        }
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            let now = Instant::now();
+            if now >= next_tick {
+                self.core.tick();
+                // After a pause time goes on from here: lost ticks would only start elections.
+                next_tick = (next_tick + self.tick).max(now + self.tick / 2);
+            }
+            self.rounds()?;
+        }
+    }
+
+    /// `false`: stop.
+    fn take(&mut self, input: Input) -> Result<bool, DiskError> {
+        match input {
+            Input::Frame(from, frame) => self.core.receive(from, frame),
+            Input::Propose(group, command, reply) => {
+                let now = (self.clock)();
+                match self.core.groups.get_mut(&group) {
+                    Some(group) => group.propose(command, reply, now),
+                    None => {
+                        let _ = reply.send(Outcome::NotLeader(None));
+                    }
+                }
+            }
+            Input::Read(group, reply) => {
+                if let Some(group) = self.core.groups.get_mut(&group) {
+                    group.read(reply);
+                }
+            }
+            Input::Members(members) => self.core.set_members(members),
+            Input::Bootstrap(groups, reply) => {
+                let mut writes = Vec::new();
+                for group in groups {
+                    if !self.core.groups.contains_key(&group) {
+                        writes.push(self.core.bootstrap(group).map_err(DiskError::Io)?);
+                    }
+                }
+                self.disk.write(&writes)?;
+                self.rounds()?;
+                let _ = reply.send(Ok(()));
+            }
+            Input::HandOver(reply) => {
+                let _ = reply.send(self.core.hand_over());
+            }
+            Input::Stop => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn rounds(&mut self) -> Result<(), DiskError> {
+        loop {
+            let round = self.core.collect();
+            self.send(round.first);
+            if !round.writes.is_empty() {
+                self.disk.write(&round.writes)?;
+            }
+            let mut batches = VecDeque::new();
+            let frames = self.core.complete(&mut batches);
+            self.send(frames);
+            if self.core.groups.len() != self.machines.read().len() {
+                *self.machines.write() = self
+                    .core
+                    .groups
+                    .iter()
+                    .map(|(id, group)| (*id, Arc::clone(&group.machine)))
+                    .collect();
+            }
+            for batch in batches {
+                // Nobody watching is fine.
+                let _ = self.batches.send(batch);
+            }
+            if !self.core.busy() {
+                break;
+            }
+        }
+        let status = self.core.status();
+        self.status.send_if_modified(|old| {
+            let changed = *old != status;
+            if changed {
+                *old = status;
+            }
+            changed
+        });
+        Ok(())
+    }
+
+    fn send(&mut self, frames: Vec<(NodeId, Frame)>) {
+        for (node, frame) in frames {
+            match frame.encode() {
+                Ok(bytes) => {
+                    if !self.transport.send(node, bytes) {
+                        self.core.unreachable(node);
+                    }
+                }
+                Err(error) => error!(%node, %error, "a frame could not be written"),
+            }
+        }
+    }
+}

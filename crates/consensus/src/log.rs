@@ -1,0 +1,201 @@
+//! The Raft log of one group in memory, as the library reads it; [`crate::disk`] has it on disk.
+
+use std::collections::VecDeque;
+
+use raft::eraftpb as pb;
+use raft::{GetEntriesContext, RaftState, StorageError};
+
+use crate::wire::{Configuration, Entry, Snapshot};
+
+/// Term, vote and commit index: what must survive a restart.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct HardState {
+    pub(crate) term: u64,
+    pub(crate) vote: u64,
+    pub(crate) commit: u64,
+}
+
+/// One group's log: a snapshot and the entries around and after it.
+#[derive(Debug)]
+pub(crate) struct GroupLog {
+    pub(crate) hard_state: HardState,
+    pub(crate) snapshot: Option<Snapshot>,
+    /// Index and term of the entry before the first one kept.
+    start: (u64, u64),
+    entries: VecDeque<pb::Entry>,
+    bytes: usize,
+}
+
+impl GroupLog {
+    pub(crate) fn new(
+        hard_state: HardState,
+        snapshot: Option<Snapshot>,
+        start: (u64, u64),
+        entries: Vec<Entry>,
+    ) -> Self {
+        let mut log = Self {
+            hard_state,
+            snapshot,
+            start,
+            entries: VecDeque::new(),
+            bytes: 0,
+        };
+        for entry in entries {
+            log.push(entry.into_raft());
+        }
+        log
+    }
+
+    pub(crate) fn first(&self) -> u64 {
+        self.start.0 + 1
+    }
+
+    pub(crate) fn last(&self) -> u64 {
+        self.start.0 + self.entries.len() as u64
+    }
+
+    pub(crate) const fn start(&self) -> (u64, u64) {
+        self.start
+    }
+
+    pub(crate) const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn snapshot_index(&self) -> u64 {
+        self.snapshot.as_ref().map_or(0, |snapshot| snapshot.index)
+    }
+
+    /// Whether a replica with this id may start from the snapshot.
+    pub(crate) fn snapshot_knows(&self, id: u64) -> bool {
+        self.snapshot.as_ref().is_some_and(|snapshot| {
+            let configuration = &snapshot.configuration;
+            configuration.voters.contains(&id) || configuration.learners.contains(&id)
+        })
+    }
+
+    fn push(&mut self, entry: pb::Entry) {
+        self.bytes += entry.data.len();
+        self.entries.push_back(entry);
+    }
+
+    /// Appends, replacing what is at the same indices and after.
+    pub(crate) fn append(&mut self, entries: Vec<pb::Entry>) {
+        let Some(first) = entries.first().map(|entry| entry.index) else {
+            return;
+        };
+        while self.last() >= first {
+            let Some(entry) = self.entries.pop_back() else {
+                break;
+            };
+            self.bytes -= entry.data.len();
+        }
+        for entry in entries {
+            self.push(entry);
+        }
+    }
+
+    /// Replaces everything by a snapshot.
+    pub(crate) fn install(&mut self, snapshot: Snapshot) {
+        self.start = (snapshot.index, snapshot.term);
+        self.entries.clear();
+        self.bytes = 0;
+        self.hard_state.commit = self.hard_state.commit.max(snapshot.index);
+        self.hard_state.term = self.hard_state.term.max(snapshot.term);
+        self.snapshot = Some(snapshot);
+    }
+
+    /// Drops the entries up to `index`, which the snapshot must cover.
+    pub(crate) fn compact(&mut self, index: u64) {
+        while self.start.0 < index {
+            let Some(entry) = self.entries.pop_front() else {
+                break;
+            };
+            self.bytes -= entry.data.len();
+            self.start = (entry.index, entry.term);
+        }
+    }
+}
+
+impl raft::Storage for GroupLog {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        let mut hard_state = pb::HardState::default();
+        hard_state.term = self.hard_state.term;
+        hard_state.vote = self.hard_state.vote;
+        hard_state.commit = self.hard_state.commit;
+        Ok(RaftState {
+            hard_state,
+            // Changes after the snapshot are applied again from the log: the commit index that
+            // covers a change is on disk before the change is in force.
+            conf_state: self
+                .snapshot
+                .as_ref()
+                .map_or_else(Configuration::default, |snapshot| {
+                    snapshot.configuration.clone()
+                })
+                .to_raft(),
+        })
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        _context: GetEntriesContext,
+    ) -> raft::Result<Vec<pb::Entry>> {
+        if low < self.first() {
+            return Err(StorageError::Compacted.into());
+        }
+        if high > self.last() + 1 {
+            return Err(StorageError::Unavailable.into());
+        }
+        let limit = max_size.into().unwrap_or(u64::MAX);
+        let mut size = 0_u64;
+        let mut result = Vec::new();
+        let from = (low - self.first()) as usize;
+        for entry in self.entries.iter().skip(from).take((high - low) as usize) {
+            size = size.saturating_add(entry.data.len() as u64 + 32);
+            if size > limit && !result.is_empty() {
+                break;
+            }
+            result.push(entry.clone());
+        }
+        Ok(result)
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        if index == self.start.0 {
+            return Ok(self.start.1);
+        }
+        if let Some(snapshot) = &self.snapshot
+            && snapshot.index == index
+        {
+            return Ok(snapshot.term);
+        }
+        if index < self.start.0 {
+            return Err(StorageError::Compacted.into());
+        }
+        self.entries
+            .get((index - self.first()) as usize)
+            .map(|entry| entry.term)
+            .ok_or_else(|| StorageError::Unavailable.into())
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(self.first())
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(self.last())
+    }
+
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<pb::Snapshot> {
+        match &self.snapshot {
+            Some(snapshot) if snapshot.index >= request_index && self.snapshot_knows(to) => {
+                Ok(snapshot.clone().into_raft())
+            }
+            _ => Err(StorageError::SnapshotTemporarilyUnavailable.into()),
+        }
+    }
+}

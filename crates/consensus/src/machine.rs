@@ -1,0 +1,377 @@
+//! The replicated state of one group: an ordered map, the same on every replica.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Bound;
+
+use bytes::Bytes;
+use krake_model::codec::{self, CodecError, RECORD_BYTES_MAX};
+use krake_model::revision::Revision;
+use serde::{Deserialize, Serialize};
+
+use crate::command::{Command, Committed, Expect, Operation, RequestId};
+
+/// Version of a log entry's payload.
+const ENTRY_VERSION: u8 = 1;
+/// Version of a snapshot's payload.
+const SNAPSHOT_VERSION: u8 = 1;
+/// How many answered requests a group remembers, so that a repeated proposal applies once. A
+/// proposer gives up after seconds; at this size the memory spans more than that at full load.
+const REMEMBERED_REQUESTS: usize = 2048;
+
+/// Keys and values of one group may take this many bytes (12 MiB); a snapshot stays inside one
+/// record with room for its index.
+pub const GROUP_BYTES_MAX: usize = 12 * 1024 * 1024;
+/// Counted for each entry beyond its key and value.
+const ENTRY_OVERHEAD: usize = 64;
+
+/// One stored value.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// The bytes.
+    pub value: Bytes,
+    /// Stamp of the write that made it.
+    pub created: Revision,
+    /// Stamp of its last write.
+    pub modified: Revision,
+    /// Raft term of its last write.
+    pub term: u64,
+    /// Log index of its last write.
+    pub index: u64,
+}
+
+/// What happened to one key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Which.
+    pub key: String,
+    /// What it is now; `None`: removed.
+    pub entry: Option<Entry>,
+    /// What it was before.
+    pub previous: Option<Entry>,
+}
+
+/// Payload of a log entry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LogEntry {
+    /// Given by the leader at proposal, above every earlier one of the group.
+    pub(crate) stamp: Revision,
+    pub(crate) command: Command,
+}
+
+impl LogEntry {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, CodecError> {
+        codec::encode(ENTRY_VERSION, self)
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
+        codec::decode(ENTRY_VERSION, bytes, RECORD_BYTES_MAX)
+    }
+}
+
+/// The lasting answer to one request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Answer {
+    Committed(Committed),
+    Conflict {
+        key: String,
+        actual: Option<Revision>,
+    },
+    Full,
+}
+
+/// The map, with what it takes to answer a repeated request the same way.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Machine {
+    pub(crate) applied: u64,
+    pub(crate) last_stamp: Revision,
+    bytes: u64,
+    entries: BTreeMap<String, Entry>,
+    answers: BTreeMap<RequestId, Answer>,
+    order: VecDeque<RequestId>,
+}
+
+impl Machine {
+    pub(crate) fn get(&self, key: &str) -> Option<&Entry> {
+        self.entries.get(key)
+    }
+
+    pub(crate) fn range(&self, prefix: &str) -> impl Iterator<Item = (&String, &Entry)> {
+        self.entries
+            .range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
+            .take_while(move |(key, _)| key.starts_with(prefix))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(crate) fn answer(&self, request: RequestId) -> Option<&Answer> {
+        self.answers.get(&request)
+    }
+
+    /// Notes an entry without a command (a new leader's, or a membership change's).
+    pub(crate) const fn skip(&mut self, index: u64) {
+        self.applied = index;
+    }
+
+    pub(crate) fn apply(
+        &mut self,
+        term: u64,
+        index: u64,
+        entry: LogEntry,
+    ) -> (Answer, Vec<Change>) {
+        self.applied = index;
+        let LogEntry { stamp, command } = entry;
+        if let Some(answer) = self.answers.get(&command.request) {
+            return (answer.clone(), Vec::new());
+        }
+        // Two leaders may stamp alike when the second has not yet applied the first's entry.
+        let revision = if stamp > self.last_stamp {
+            stamp
+        } else {
+            Revision::next(self.last_stamp, stamp.timestamp(), stamp.group_number())
+        };
+        let (answer, changes) = match self.check(&command) {
+            Err(answer) => (answer, Vec::new()),
+            Ok(()) => {
+                self.last_stamp = revision;
+                let committed = Committed {
+                    revision,
+                    term,
+                    index,
+                };
+                let changes = command
+                    .operations
+                    .into_iter()
+                    .filter_map(|operation| self.perform(operation, committed))
+                    .collect();
+                (Answer::Committed(committed), changes)
+            }
+        };
+        self.remember(command.request, answer.clone());
+        (answer, changes)
+    }
+
+    fn check(&self, command: &Command) -> Result<(), Answer> {
+        let mut growth = 0_i64;
+        for operation in &command.operations {
+            let key = operation.key();
+            let actual = self.entries.get(key);
+            let holds = match operation.expect() {
+                Expect::Any => true,
+                Expect::Absent => actual.is_none(),
+                Expect::Present => actual.is_some(),
+                Expect::Revision(revision) => {
+                    actual.is_some_and(|entry| entry.modified == revision)
+                }
+            };
+            if !holds {
+                return Err(Answer::Conflict {
+                    key: key.to_owned(),
+                    actual: actual.map(|entry| entry.modified),
+                });
+            }
+            let before = actual.map_or(0, |entry| cost(key, &entry.value));
+            match operation {
+                Operation::Put { value, .. } => {
+                    growth += cost(key, value) as i64 - before as i64;
+                }
+                Operation::Delete { .. } => growth -= before as i64,
+                Operation::Check { .. } => {}
+            }
+        }
+        if growth > 0 && self.bytes.saturating_add(growth as u64) > GROUP_BYTES_MAX as u64 {
+            return Err(Answer::Full);
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, operation: Operation, at: Committed) -> Option<Change> {
+        match operation {
+            Operation::Check { .. } => None,
+            Operation::Put { key, value, .. } => {
+                let previous = self.entries.get(&key).cloned();
+                let entry = Entry {
+                    created: previous.as_ref().map_or(at.revision, |old| old.created),
+                    modified: at.revision,
+                    term: at.term,
+                    index: at.index,
+                    value,
+                };
+                self.bytes += cost(&key, &entry.value);
+                if let Some(old) = &previous {
+                    self.bytes -= cost(&key, &old.value);
+                }
+                self.entries.insert(key.clone(), entry.clone());
+                Some(Change {
+                    key,
+                    entry: Some(entry),
+                    previous,
+                })
+            }
+            Operation::Delete { key, .. } => {
+                let previous = self.entries.remove(&key)?;
+                self.bytes -= cost(&key, &previous.value);
+                Some(Change {
+                    key,
+                    entry: None,
+                    previous: Some(previous),
+                })
+            }
+        }
+    }
+
+    fn remember(&mut self, request: RequestId, answer: Answer) {
+        self.answers.insert(request, answer);
+        self.order.push_back(request);
+        while self.order.len() > REMEMBERED_REQUESTS {
+            if let Some(oldest) = self.order.pop_front() {
+                self.answers.remove(&oldest);
+            }
+        }
+    }
+
+    /// All of it, as one record.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, CodecError> {
+        codec::encode(SNAPSHOT_VERSION, self)
+    }
+
+    /// What [`Machine::encode`] made; an empty record is the empty map.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
+        if bytes.is_empty() {
+            return Ok(Self::default());
+        }
+        codec::decode(SNAPSHOT_VERSION, bytes, RECORD_BYTES_MAX)
+    }
+}
+
+const fn cost(key: &str, value: &Bytes) -> u64 {
+    (key.len() + value.len() + ENTRY_OVERHEAD) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use krake_model::time::Timestamp;
+
+    use super::*;
+
+    fn put(key: &str, value: &'static str, expect: Expect) -> Operation {
+        Operation::Put {
+            key: key.to_owned(),
+            value: Bytes::from_static(value.as_bytes()),
+            expect,
+        }
+    }
+
+    fn entry(request: u128, stamp: u64, operations: Vec<Operation>) -> LogEntry {
+        LogEntry {
+            stamp: Revision::next(
+                Revision::NONE,
+                Timestamp::from_millis(1_764_000_000_000 + stamp as i64),
+                3,
+            ),
+            command: Command {
+                request: RequestId::from_number(request),
+                operations,
+            },
+        }
+    }
+
+    #[test]
+    fn a_command_applies_as_a_whole_or_not_at_all() {
+        let mut machine = Machine::default();
+        machine.apply(1, 1, entry(1, 1, vec![put("a", "1", Expect::Absent)]));
+        let before = machine.clone();
+        let (answer, changes) = machine.apply(
+            1,
+            2,
+            entry(
+                2,
+                2,
+                vec![put("b", "1", Expect::Absent), put("a", "2", Expect::Absent)],
+            ),
+        );
+        assert!(matches!(answer, Answer::Conflict { key, .. } if key == "a"));
+        assert!(changes.is_empty());
+        assert_eq!(machine.entries, before.entries);
+    }
+
+    #[test]
+    fn a_repeated_request_applies_once_and_gets_the_first_answer() {
+        let mut machine = Machine::default();
+        let (first, _) = machine.apply(1, 1, entry(9, 1, vec![put("a", "1", Expect::Absent)]));
+        let (second, changes) =
+            machine.apply(2, 2, entry(9, 5, vec![put("a", "1", Expect::Absent)]));
+        assert_eq!(first, second);
+        assert!(changes.is_empty());
+    }
+
+    #[test]
+    fn revisions_rise_even_when_a_leader_stamps_low() {
+        let mut machine = Machine::default();
+        machine.apply(1, 1, entry(1, 100, vec![put("a", "1", Expect::Any)]));
+        let (answer, _) = machine.apply(2, 2, entry(2, 50, vec![put("a", "2", Expect::Any)]));
+        let Answer::Committed(committed) = answer else {
+            panic!("{answer:?}")
+        };
+        assert_eq!(machine.get("a").unwrap().modified, committed.revision);
+        assert!(committed.revision > machine.get("a").unwrap().created);
+    }
+
+    #[test]
+    fn a_snapshot_restores_the_same_machine() {
+        let mut machine = Machine::default();
+        for index in 1..50 {
+            machine.apply(
+                1,
+                index,
+                entry(u128::from(index), index, vec![put("k", "v", Expect::Any)]),
+            );
+        }
+        let restored = Machine::decode(&machine.encode().unwrap()).unwrap();
+        assert_eq!(restored, machine);
+    }
+
+    #[test]
+    fn a_full_group_refuses_growth_but_not_deletion() {
+        let mut machine = Machine::default();
+        let big = Bytes::from(vec![0; 2_000_000]);
+        let mut full = false;
+        for index in 1..10_u64 {
+            let (answer, _) = machine.apply(
+                1,
+                index,
+                entry(
+                    u128::from(index),
+                    index,
+                    vec![Operation::Put {
+                        key: format!("k{index}"),
+                        value: big.clone(),
+                        expect: Expect::Any,
+                    }],
+                ),
+            );
+            full |= answer == Answer::Full;
+        }
+        assert!(full);
+        assert!(machine.bytes() <= GROUP_BYTES_MAX as u64);
+        let (answer, changes) = machine.apply(
+            1,
+            11,
+            entry(
+                11,
+                11,
+                vec![Operation::Delete {
+                    key: "k1".to_owned(),
+                    expect: Expect::Present,
+                }],
+            ),
+        );
+        assert!(matches!(answer, Answer::Committed(_)));
+        assert_eq!(changes.len(), 1);
+    }
+}

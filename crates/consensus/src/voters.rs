@@ -1,0 +1,218 @@
+//! Which replicas of a group vote: a pure function of the members, so that every leader agrees.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use krake_model::ids::{GroupId, NodeId};
+
+/// What the voter choice looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberInfo {
+    /// The member's Raft replica id, the same in every group.
+    pub replica: u64,
+    /// Who it is.
+    pub node: NodeId,
+    /// Who runs it: voters of one group spread over operators,
+    pub operator: String,
+    /// grid zones,
+    pub grid_zone: String,
+    /// and countries.
+    pub country: String,
+    /// Whether it is thought reachable.
+    pub alive: bool,
+}
+
+/// How many voters a group has in a federation of `members`: odd, so that each member counts, and
+/// 5 at most (DESIGN §6).
+pub const fn voter_count(members: usize) -> usize {
+    match members {
+        0..=2 => 1,
+        3..=4 => 3,
+        _ => 5,
+    }
+}
+
+/// The voters `group` should have. Keeps the `current` ones that are alive, then takes what adds
+/// an operator, a grid zone, a country, in this order; ties by rendezvous hash (Thaler and
+/// Ravishankar 1998), so that the groups spread over the members. A voter that is not alive is
+/// kept only while nobody alive could take its place.
+pub fn desired_voters(
+    group: GroupId,
+    members: &BTreeMap<u64, MemberInfo>,
+    current: &BTreeSet<u64>,
+) -> BTreeSet<u64> {
+    let count = voter_count(members.len());
+    let mut chosen: Vec<&MemberInfo> = Vec::with_capacity(count);
+    let mut left: Vec<&MemberInfo> = members.values().collect();
+    while chosen.len() < count && !left.is_empty() {
+        let fresh = |pick: fn(&MemberInfo) -> &str, member: &MemberInfo| {
+            chosen.iter().all(|other| pick(other) != pick(member))
+        };
+        let best = left
+            .iter()
+            .enumerate()
+            .max_by_key(|(_, member)| {
+                (
+                    member.alive,
+                    current.contains(&member.replica),
+                    fresh(|m| &m.operator, member),
+                    fresh(|m| &m.grid_zone, member),
+                    fresh(|m| &m.country, member),
+                    weight(group, member.node),
+                )
+            })
+            .map(|(position, _)| position);
+        if let Some(position) = best {
+            chosen.push(left.swap_remove(position));
+        }
+    }
+    chosen.into_iter().map(|member| member.replica).collect()
+}
+
+fn weight(group: GroupId, node: NodeId) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&group.number().to_le_bytes());
+    hasher.update(node.as_bytes());
+    let mut first = [0_u8; 8];
+    first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    u64::from_le_bytes(first)
+}
+
+/// One step from `current` voters to `desired`; a group changes one replica at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Makes a replica that does not vote yet.
+    AddLearner(u64),
+    /// A learner that has the log starts to vote.
+    Promote(u64),
+    /// A voter stops to vote, but keeps the state.
+    Demote(u64),
+    /// A replica whose member left.
+    Remove(u64),
+}
+
+/// The next step, if any: first everyone gets a replica, then voters are added before others are
+/// taken away. `caught_up` are learners with (nearly) the whole log.
+pub(crate) fn next_step(
+    members: &BTreeMap<u64, MemberInfo>,
+    voters: &BTreeSet<u64>,
+    learners: &BTreeSet<u64>,
+    desired: &BTreeSet<u64>,
+    caught_up: &BTreeSet<u64>,
+) -> Option<Step> {
+    let missing = members
+        .keys()
+        .find(|id| !voters.contains(id) && !learners.contains(id));
+    if let Some(id) = missing {
+        return Some(Step::AddLearner(*id));
+    }
+    let promote = desired
+        .iter()
+        .find(|id| !voters.contains(id) && caught_up.contains(id) && members[id].alive);
+    if let Some(id) = promote {
+        return Some(Step::Promote(*id));
+    }
+    let gone = |id: &&u64| !members.contains_key(id);
+    if let Some(id) = learners.iter().find(gone) {
+        return Some(Step::Remove(*id));
+    }
+    if voters.len() > desired.len() || desired.iter().all(|id| voters.contains(id)) {
+        let surplus = voters.iter().find(|id| !desired.contains(id))?;
+        return Some(if members.contains_key(surplus) {
+            Step::Demote(*surplus)
+        } else {
+            Step::Remove(*surplus)
+        });
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn members(count: u64) -> BTreeMap<u64, MemberInfo> {
+        (1..=count)
+            .map(|replica| {
+                let info = MemberInfo {
+                    replica,
+                    node: NodeId::from_bytes([replica as u8; 32]),
+                    operator: format!("operator-{}", replica % 4),
+                    grid_zone: format!("zone-{}", replica % 3),
+                    country: format!("country-{}", replica % 3),
+                    alive: true,
+                };
+                (replica, info)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn voters_grow_with_the_members() {
+        for (count, expected) in [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (9, 5)] {
+            let members = members(count);
+            let desired = desired_voters(GroupId::META, &members, &BTreeSet::from([1]));
+            assert_eq!(desired.len(), expected);
+            assert!(desired.contains(&1), "a voter that is fine stays");
+        }
+    }
+
+    #[test]
+    fn voters_spread_over_operators_and_groups_over_members() {
+        let members = members(12);
+        let mut used = BTreeSet::new();
+        for shard in 0..16 {
+            let desired = desired_voters(GroupId::of_shard(shard), &members, &BTreeSet::new());
+            let operators: BTreeSet<_> = desired.iter().map(|id| &members[id].operator).collect();
+            assert_eq!(operators.len(), 4);
+            used.extend(desired);
+        }
+        assert!(used.len() >= 10, "{used:?}");
+    }
+
+    #[test]
+    fn a_dead_voter_is_replaced_when_somebody_alive_is_there() {
+        let mut members = members(6);
+        let current = desired_voters(GroupId::META, &members, &BTreeSet::new());
+        let dead = *current.first().unwrap();
+        members.get_mut(&dead).unwrap().alive = false;
+        let next = desired_voters(GroupId::META, &members, &current);
+        assert!(!next.contains(&dead));
+        assert_eq!(next.intersection(&current).count(), 4);
+    }
+
+    #[test]
+    fn steps_add_before_they_remove_and_end() {
+        let members = members(5);
+        let mut voters = BTreeSet::from([1]);
+        let mut learners = BTreeSet::new();
+        let mut steps = 0;
+        loop {
+            let desired = desired_voters(GroupId::META, &members, &voters);
+            let all: BTreeSet<u64> = learners.clone();
+            let Some(step) = next_step(&members, &voters, &learners, &desired, &all) else {
+                break;
+            };
+            match step {
+                Step::AddLearner(id) => {
+                    learners.insert(id);
+                }
+                Step::Promote(id) => {
+                    learners.remove(&id);
+                    voters.insert(id);
+                }
+                Step::Demote(id) => {
+                    voters.remove(&id);
+                    learners.insert(id);
+                }
+                Step::Remove(id) => {
+                    voters.remove(&id);
+                    learners.remove(&id);
+                }
+            }
+            steps += 1;
+            assert!(steps < 50);
+        }
+        assert_eq!(voters.len(), 5);
+        assert!(learners.is_empty());
+    }
+}

@@ -1,0 +1,302 @@
+//! Several hosts in one process, over a transport that can be cut.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use krake_consensus::{
+    Command, Config, Expect, Host, MemberInfo, Operation, ProposeError, RequestId, Transport,
+};
+use krake_model::ids::{GroupId, NodeId};
+use krake_model::time::Timestamp;
+use parking_lot::RwLock;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+#[derive(Default)]
+struct Net {
+    hosts: RwLock<BTreeMap<NodeId, Host>>,
+    cut: RwLock<BTreeSet<NodeId>>,
+}
+
+struct Link {
+    net: Arc<Net>,
+    own: NodeId,
+}
+
+impl Link {
+    fn reach(&self, to: NodeId) -> Option<Host> {
+        let cut = self.net.cut.read();
+        if cut.contains(&self.own) || cut.contains(&to) {
+            return None;
+        }
+        self.net.hosts.read().get(&to).cloned()
+    }
+}
+
+#[async_trait]
+impl Transport for Link {
+    fn send(&self, to: NodeId, frame: Vec<u8>) -> bool {
+        self.reach(to)
+            .map(|host| host.receive(self.own, &frame))
+            .is_some()
+    }
+
+    async fn call(&self, to: NodeId, bytes: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, String> {
+        let Some(host) = self.reach(to) else {
+            tokio::time::sleep(timeout).await;
+            return Err("unreachable".to_owned());
+        };
+        host.handle_call(&bytes).await
+    }
+}
+
+fn node(replica: u64) -> NodeId {
+    NodeId::from_bytes([replica as u8; 32])
+}
+
+struct Cluster {
+    net: Arc<Net>,
+    dir: tempfile::TempDir,
+    boots: BTreeMap<u64, u64>,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        Self {
+            net: Arc::default(),
+            dir: tempfile::tempdir().unwrap(),
+            boots: BTreeMap::new(),
+        }
+    }
+
+    fn path(dir: &Path, replica: u64) -> std::path::PathBuf {
+        dir.join(format!("{replica}.redb"))
+    }
+
+    fn start(&mut self, replica: u64) -> Host {
+        let boot = self.boots.entry(replica).or_default();
+        *boot += 1;
+        let mut config = Config::new(
+            node(replica),
+            replica,
+            Self::path(self.dir.path(), replica),
+            *boot,
+        );
+        config.tick = Duration::from_millis(20);
+        config.compact_entries = 50;
+        let link = Link {
+            net: Arc::clone(&self.net),
+            own: node(replica),
+        };
+        let started = Instant::now();
+        let host = Host::start(&config, Arc::new(link), move || {
+            Timestamp::from_millis(1_764_000_000_000 + started.elapsed().as_millis() as i64)
+        })
+        .unwrap();
+        self.net.hosts.write().insert(node(replica), host.clone());
+        host
+    }
+
+    async fn kill(&self, replica: u64) {
+        let host = self.net.hosts.write().remove(&node(replica)).unwrap();
+        host.stop().await;
+    }
+}
+
+fn members(replicas: &[u64]) -> Vec<MemberInfo> {
+    replicas
+        .iter()
+        .map(|replica| MemberInfo {
+            replica: *replica,
+            node: node(*replica),
+            operator: format!("operator-{replica}"),
+            grid_zone: "zone".to_owned(),
+            country: "country".to_owned(),
+            alive: true,
+        })
+        .collect()
+}
+
+fn groups() -> Vec<GroupId> {
+    std::iter::once(GroupId::META)
+        .chain((0..3).map(GroupId::of_shard))
+        .collect()
+}
+
+fn put(key: &str, value: &str, expect: Expect) -> Command {
+    Command::new(vec![Operation::Put {
+        key: key.to_owned(),
+        value: Bytes::copy_from_slice(value.as_bytes()),
+        expect,
+    }])
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        if start.elapsed() > LIMIT {
+            panic!("still not: {what}");
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn formed(cluster: &mut Cluster, count: u64) -> Vec<Host> {
+    let replicas: Vec<u64> = (1..=count).collect();
+    let hosts: Vec<Host> = replicas.iter().map(|id| cluster.start(*id)).collect();
+    hosts[0].set_members(members(&[1])).await;
+    hosts[0].bootstrap(groups()).await.unwrap();
+    for host in &hosts {
+        host.set_members(members(&replicas)).await;
+    }
+    for host in &hosts {
+        let status = host.status();
+        until("every group has its voters", || {
+            let status = status.borrow();
+            groups().iter().all(|id| {
+                status
+                    .get(id)
+                    .is_some_and(|s| s.voters.len() == 5 && s.leader.is_some())
+            })
+        })
+        .await;
+    }
+    hosts
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_members_vote_and_a_write_through_any_is_read_through_any() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 5).await;
+    for (position, host) in hosts.iter().enumerate() {
+        for group in groups() {
+            let key = format!("key-{position}");
+            host.propose(group, put(&key, "value", Expect::Absent), LIMIT)
+                .await
+                .unwrap();
+            for reader in &hosts {
+                reader.read_barrier(&[group], LIMIT).await.unwrap();
+                assert_eq!(reader.get(group, &key).unwrap().value, "value");
+            }
+        }
+    }
+    let again = hosts[3]
+        .propose(GroupId::META, put("key-0", "other", Expect::Absent), LIMIT)
+        .await;
+    assert!(
+        matches!(again, Err(ProposeError::Conflict { .. })),
+        "{again:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killing_the_leader_loses_nothing_and_writes_go_on() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 5).await;
+    let group = GroupId::of_shard(1);
+    for index in 0..120 {
+        hosts[1]
+            .propose(group, put(&format!("k{index}"), "v", Expect::Absent), LIMIT)
+            .await
+            .unwrap();
+    }
+    let leader = hosts[1].status().borrow()[&group].leader.unwrap();
+    cluster.kill(leader).await;
+    let survivor = &hosts[if leader == 1 { 1 } else { 0 }];
+    let request = RequestId::random();
+    let mut command = put("after", "v", Expect::Absent);
+    command.request = request;
+    let first = survivor
+        .propose(group, command.clone(), LIMIT)
+        .await
+        .unwrap();
+    let repeated = survivor.propose(group, command, LIMIT).await.unwrap();
+    assert_eq!(first, repeated);
+
+    // The dead one returns with its file, catches up and has every write.
+    let back = cluster.start(leader);
+    back.set_members(members(&[1, 2, 3, 4, 5])).await;
+    back.read_barrier(&[group], LIMIT).await.unwrap();
+    assert_eq!(back.list(group, "k").0.len(), 120);
+    assert!(back.get(group, "after").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_cut_off_can_neither_write_nor_read_linearizably() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 5).await;
+    let group = GroupId::of_shard(0);
+    let leader = hosts[0].status().borrow()[&group].leader.unwrap();
+    cluster.net.cut.write().insert(node(leader));
+    let cut = &hosts[leader as usize - 1];
+    let short = Duration::from_millis(600);
+    let write = cut
+        .propose(group, put("x", "cut", Expect::Any), short)
+        .await;
+    assert!(
+        matches!(write, Err(ProposeError::Timeout { .. })),
+        "{write:?}"
+    );
+    assert!(cut.read_barrier(&[group], short).await.is_err());
+
+    let other = &hosts[(leader % 5) as usize];
+    other
+        .propose(group, put("x", "majority", Expect::Any), LIMIT)
+        .await
+        .unwrap();
+    cluster.net.cut.write().clear();
+    cut.read_barrier(&[group], LIMIT).await.unwrap();
+    assert_eq!(cut.get(group, "x").unwrap().value, "majority");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_of_all_keeps_what_was_acknowledged_and_revisions_rise() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 5).await;
+    let group = GroupId::META;
+    let mut last = None;
+    for index in 0..130 {
+        last = Some(
+            hosts[2]
+                .propose(
+                    group,
+                    put("counter", &index.to_string(), Expect::Any),
+                    LIMIT,
+                )
+                .await
+                .unwrap(),
+        );
+    }
+    for replica in 1..=5 {
+        cluster.kill(replica).await;
+    }
+    drop(hosts);
+    let all: Vec<u64> = (1..=5).collect();
+    let hosts: Vec<Host> = all.iter().map(|id| cluster.start(*id)).collect();
+    for host in &hosts {
+        host.set_members(members(&all)).await;
+    }
+    hosts[4].read_barrier(&[group], LIMIT).await.unwrap();
+    assert_eq!(hosts[4].get(group, "counter").unwrap().value, "129");
+    let next = hosts[4]
+        .propose(group, put("counter", "130", Expect::Any), LIMIT)
+        .await
+        .unwrap();
+    assert!(next.revision > last.unwrap().revision);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clean_stop_hands_leadership_over() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 5).await;
+    let leader = hosts[0].status().borrow()[&GroupId::META].leader.unwrap();
+    let host = &hosts[leader as usize - 1];
+    assert!(host.hand_over(LIMIT).await);
+    let led = host.status().borrow().values().filter(|s| s.leads).count();
+    assert_eq!(led, 0);
+}

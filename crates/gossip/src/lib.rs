@@ -1,1 +1,16 @@
-//! The federation's network on libp2p: identity, membership, reports, failure detection, request and reply.
+//! The federation's network: libp2p over QUIC and TCP, for members only.
+//!
+//! Carries consensus frames (one ordered stream per peer), calls (a stream per question), signed
+//! site reports (gossipsub, plus an exchange that makes up for what was missed), measures
+//! round-trip times and silence, and lets a newcomer ask to join.
+
+mod behaviour;
+mod network;
+mod streams;
+mod verdict;
+mod view;
+
+pub use crate::network::{Handler, Network, NetworkConfig, NetworkError, Peer};
+pub use crate::streams::{CALL_BYTES_MAX, CallError};
+pub use crate::verdict::{Opinions, SUSPECT_AFTER, Verdict, verdict};
+pub use crate::view::{Seen, View};

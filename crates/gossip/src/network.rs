@@ -1,0 +1,1021 @@
+//! The swarm's task and the handle others use.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use krake_model::codec;
+use krake_model::ids::{FederationId, NodeId};
+use krake_model::report::{REPORT_BYTES_MAX, SignedReport};
+use libp2p::core::Multiaddr;
+use libp2p::multiaddr::Protocol;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, SwarmEvent};
+use libp2p::{
+    PeerId, Stream, Swarm, SwarmBuilder, allow_block_list, connection_limits, gossipsub, identity,
+    noise, ping, tcp, yamux,
+};
+use parking_lot::{Mutex, RwLock};
+use thiserror::Error;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tracing::{debug, info, warn};
+
+use crate::behaviour::{Behaviour, BehaviourEvent, Inner, InnerEvent, MemberSet, MembersOnly};
+use crate::streams::{self, CALL_BYTES_MAX, CallError, JOIN_BYTES_MAX};
+use crate::verdict::{Opinions, SUSPECT_AFTER};
+use crate::view::{self, Digest, Missing, View};
+
+/// Version of the messages of the report exchange.
+const EXCHANGE_VERSION: u8 = 1;
+/// Frames that wait for one peer at most; more are dropped, and Raft sends again.
+const FRAME_QUEUE: usize = 256;
+/// Questions answered at once at most; more wait on their streams.
+const CALLS_AT_ONCE: usize = 512;
+/// How often connections, silence and missed reports are looked after.
+const CARE_INTERVAL: Duration = Duration::from_millis(500);
+/// How often reports are exchanged with one member, for what gossip missed.
+const EXCHANGE_INTERVAL: Duration = Duration::from_secs(10);
+/// The side with the larger id waits this long before it dials too, so that two nodes seldom end
+/// up with two connections.
+const SECOND_DIALLER_WAIT: Duration = Duration::from_secs(3);
+/// A peer that is no member may stay this long: long enough to join.
+const OUTSIDER_TIME: Duration = Duration::from_secs(30);
+/// When the care task was away for longer, this node was paused, and what it did not hear says
+/// nothing about others.
+const PAUSE_DETECTED: Duration = Duration::from_secs(2);
+
+/// What the network needs to start.
+pub struct NetworkConfig {
+    /// The node's Ed25519 secret key; it is wiped after use.
+    pub secret_key: [u8; 32],
+    /// Separates federations: reports of another one are not read.
+    pub federation: FederationId,
+    /// Addresses to listen at, QUIC and TCP on the same number each; may be empty.
+    pub listen: Vec<SocketAddr>,
+    /// Connections at most, in all.
+    pub connections_max: u32,
+}
+
+/// The network could not start.
+#[derive(Debug, Error)]
+pub enum NetworkError {
+    /// An address cannot be listened at.
+    #[error("cannot listen at {address} for other nodes: {reason}")]
+    Listen {
+        /// Which.
+        address: SocketAddr,
+        /// Why.
+        reason: String,
+    },
+    /// Something inside failed.
+    #[error("the network cannot start: {0}")]
+    Start(String),
+}
+
+/// A member to be connected with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Who.
+    pub node: NodeId,
+    /// `IP:PORT` or `HOST:PORT` where it listens, QUIC and TCP.
+    pub addresses: Vec<String>,
+}
+
+/// Who takes what the network brings.
+#[async_trait]
+pub trait Handler: Send + Sync + 'static {
+    /// A consensus frame from a member. Must not block.
+    fn frame(&self, from: NodeId, bytes: &[u8]);
+    /// A question from a member.
+    ///
+    /// # Errors
+    /// A text for the asker.
+    async fn call(&self, from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String>;
+    /// A request to join from somebody who need not be a member.
+    ///
+    /// # Errors
+    /// A text for the asker.
+    async fn join(&self, from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String>;
+}
+
+enum Command {
+    Members(Vec<Peer>),
+    Publish(Vec<u8>),
+    Dial(PeerId, Vec<Multiaddr>),
+    Block(BTreeSet<PeerId>),
+    Listening(oneshot::Sender<Vec<Multiaddr>>),
+}
+
+struct Shared {
+    own: NodeId,
+    federation: FederationId,
+    members: MemberSet,
+    peers: RwLock<Vec<Peer>>,
+    view: watch::Sender<View>,
+    heard: RwLock<BTreeMap<NodeId, Instant>>,
+    rtts: RwLock<BTreeMap<NodeId, Duration>>,
+    connected: watch::Sender<BTreeSet<NodeId>>,
+    queues: Mutex<BTreeMap<NodeId, mpsc::Sender<Vec<u8>>>>,
+    calls: Semaphore,
+}
+
+/// The handle; cheap to clone.
+#[derive(Clone)]
+pub struct Network {
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+    streams: libp2p_stream::Control,
+    join: libp2p_stream::Control,
+}
+
+impl std::fmt::Debug for Network {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Network")
+            .field("own", &self.shared.own)
+            .finish_non_exhaustive()
+    }
+}
+
+fn peer_id(node: NodeId) -> Option<PeerId> {
+    PeerId::from_bytes(&node.to_peer_id_bytes()).ok()
+}
+
+fn node_id(peer: &PeerId) -> Option<NodeId> {
+    NodeId::from_peer_id_bytes(&peer.to_bytes())
+}
+
+/// The QUIC and the TCP address of an `IP:PORT` or `HOST:PORT`.
+fn multiaddrs(address: &str) -> Vec<Multiaddr> {
+    let host_port = address.rsplit_once(':').and_then(|(host, port)| {
+        let port: u16 = port.parse().ok()?;
+        Some((host.trim_matches(['[', ']']), port))
+    });
+    let Some((host, port)) = host_port else {
+        return Vec::new();
+    };
+    let first = match host.parse::<std::net::IpAddr>() {
+        Ok(ip) => Protocol::from(ip),
+        Err(_) => Protocol::Dns(host.into()),
+    };
+    let base = Multiaddr::empty().with(first);
+    vec![
+        base.clone()
+            .with(Protocol::Udp(port))
+            .with(Protocol::QuicV1),
+        base.with(Protocol::Tcp(port)),
+    ]
+}
+
+fn build_swarm(
+    config: &NetworkConfig,
+    members: &MemberSet,
+) -> Result<Swarm<Behaviour>, NetworkError> {
+    let start = |reason: String| NetworkError::Start(reason);
+    let mut secret = config.secret_key;
+    let key = identity::Keypair::ed25519_from_bytes(&mut secret)
+        .map_err(|error| start(error.to_string()))?;
+    let gossip = gossipsub::ConfigBuilder::default()
+        .validation_mode(gossipsub::ValidationMode::Anonymous)
+        .validate_messages()
+        .max_transmit_size(REPORT_BYTES_MAX + 1024)
+        .heartbeat_interval(Duration::from_secs(1))
+        .message_id_fn(|message| {
+            gossipsub::MessageId::from(blake3::hash(&message.data).as_bytes().to_vec())
+        })
+        .build()
+        .map_err(|error| start(error.to_string()))?;
+    let mut gossipsub =
+        gossipsub::Behaviour::new(gossipsub::MessageAuthenticity::Anonymous, gossip)
+            .map_err(|error| start(error.to_owned()))?;
+    gossipsub
+        .subscribe(&topic(&config.federation))
+        .map_err(|error| start(error.to_string()))?;
+    let inner = Inner {
+        gossipsub,
+        ping: ping::Behaviour::new(
+            ping::Config::new()
+                .with_interval(Duration::from_secs(2))
+                .with_timeout(Duration::from_secs(4)),
+        ),
+        streams: libp2p_stream::Behaviour::new(),
+    };
+    let limits = connection_limits::ConnectionLimits::default()
+        .with_max_pending_incoming(Some(64))
+        .with_max_established_per_peer(Some(4))
+        .with_max_established(Some(config.connections_max));
+    let behaviour = Behaviour {
+        limits: connection_limits::Behaviour::new(limits),
+        blocked: allow_block_list::Behaviour::default(),
+        join: libp2p_stream::Behaviour::new(),
+        members: MembersOnly::new(inner, Arc::clone(members)),
+    };
+    let swarm = SwarmBuilder::with_existing_identity(key)
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default().nodelay(true),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .map_err(|error| start(error.to_string()))?
+        .with_quic_config(|mut quic| {
+            // A killed peer's connection must not outlive it for long.
+            quic.max_idle_timeout = 5000;
+            quic.keep_alive_interval = Duration::from_secs(1);
+            quic
+        })
+        .with_dns()
+        .map_err(|error| start(error.to_string()))?
+        .with_behaviour(|_| behaviour)
+        .map_err(|error| start(error.to_string()))?
+        .with_swarm_config(|config| {
+            config.with_idle_connection_timeout(Duration::from_secs(u64::from(u32::MAX)))
+        })
+        .build();
+    Ok(swarm)
+}
+
+fn topic(federation: &FederationId) -> gossipsub::IdentTopic {
+    gossipsub::IdentTopic::new(format!("krake/reports/1/{federation}"))
+}
+
+impl Network {
+    /// Binds the addresses and starts the tasks. They end when the last handle is dropped.
+    ///
+    /// # Errors
+    /// [`NetworkError::Listen`] when an address is taken or not there.
+    pub async fn start(
+        config: NetworkConfig,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Self, NetworkError> {
+        let members = MemberSet::default();
+        let mut swarm = build_swarm(&config, &members)?;
+        let own = node_id(swarm.local_peer_id())
+            .ok_or_else(|| NetworkError::Start("the key is not an Ed25519 key".to_owned()))?;
+        listen(&mut swarm, &config.listen).await?;
+        let mut streams = swarm.behaviour().members.inner.streams.new_control();
+        let mut join = swarm.behaviour().join.new_control();
+        let shared = Arc::new(Shared {
+            own,
+            federation: config.federation,
+            members,
+            peers: RwLock::default(),
+            view: watch::channel(View::new()).0,
+            heard: RwLock::default(),
+            rtts: RwLock::default(),
+            connected: watch::channel(BTreeSet::new()).0,
+            queues: Mutex::default(),
+            calls: Semaphore::new(CALLS_AT_ONCE),
+        });
+        let (commands, receiver) = mpsc::channel(1024);
+        let network = Self {
+            shared: Arc::clone(&shared),
+            commands,
+            streams: streams.clone(),
+            join: join.clone(),
+        };
+        let registered = |_| NetworkError::Start("a protocol is registered twice".to_owned());
+        let frames = streams.accept(streams::FRAMES).map_err(registered)?;
+        let calls = streams.accept(streams::CALLS).map_err(registered)?;
+        let reports = streams.accept(streams::REPORTS).map_err(registered)?;
+        let joins = join.accept(streams::JOIN).map_err(registered)?;
+        tokio::spawn(take_frames(
+            frames,
+            Arc::clone(&shared),
+            Arc::clone(&handler),
+        ));
+        tokio::spawn(take_calls(calls, Arc::clone(&shared), Arc::clone(&handler)));
+        tokio::spawn(take_reports(reports, Arc::clone(&shared)));
+        tokio::spawn(take_joins(joins, handler));
+        let (exchange, wanted) = mpsc::channel(64);
+        tokio::spawn(exchange_reports(wanted, Arc::downgrade(&shared), streams));
+        tokio::spawn(
+            SwarmTask {
+                swarm,
+                shared: Arc::downgrade(&shared),
+                commands: receiver,
+                exchange,
+                connections: BTreeMap::new(),
+                wanted_since: BTreeMap::new(),
+                last_care: Instant::now(),
+                last_exchange: Instant::now(),
+                turn: 0,
+            }
+            .run(),
+        );
+        Ok(network)
+    }
+
+    /// This node's id.
+    pub fn own(&self) -> NodeId {
+        self.shared.own
+    }
+
+    /// Tells who the members are; others lose their connections, members are dialled.
+    pub async fn set_members(&self, peers: Vec<Peer>) {
+        {
+            let ids: BTreeSet<NodeId> = peers.iter().map(|peer| peer.node).collect();
+            *self.shared.members.write() = ids.iter().filter_map(|id| peer_id(*id)).collect();
+            let now = Instant::now();
+            let mut heard = self.shared.heard.write();
+            heard.retain(|id, _| ids.contains(id));
+            for id in &ids {
+                heard.entry(*id).or_insert(now);
+            }
+            drop(heard);
+            self.shared.queues.lock().retain(|id, _| ids.contains(id));
+            self.shared
+                .view
+                .send_modify(|view| view.retain(|id, _| ids.contains(id)));
+            self.shared.peers.write().clone_from(&peers);
+        }
+        let _ = self.commands.send(Command::Members(peers)).await;
+    }
+
+    /// Queues a frame for a member, in order behind those before it. `false`: it is not connected
+    /// or too far behind, and the frame is dropped.
+    pub fn send_frame(&self, to: NodeId, frame: Vec<u8>) -> bool {
+        let Some(peer) = peer_id(to) else {
+            return false;
+        };
+        if !self.shared.connected.borrow().contains(&to) {
+            return false;
+        }
+        let mut queues = self.shared.queues.lock();
+        let queue = queues.entry(to).or_insert_with(|| {
+            let (sender, receiver) = mpsc::channel(FRAME_QUEUE);
+            tokio::spawn(write_frames(receiver, self.streams.clone(), peer));
+            sender
+        });
+        queue.try_send(frame).is_ok()
+    }
+
+    /// Asks a member and waits for its answer.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn call(
+        &self,
+        to: NodeId,
+        question: &[u8],
+        timeout: Duration,
+    ) -> Result<Vec<u8>, CallError> {
+        let peer = self.reachable(to)?;
+        let mut control = self.streams.clone();
+        let answer = streams::ask(&mut control, peer, streams::CALLS, question, timeout).await?;
+        self.shared.heard(to);
+        Ok(answer)
+    }
+
+    fn reachable(&self, to: NodeId) -> Result<PeerId, CallError> {
+        peer_id(to)
+            .filter(|_| self.shared.connected.borrow().contains(&to))
+            .ok_or_else(|| CallError::Unreachable {
+                peer: to.to_string(),
+                reason: "there is no connection".to_owned(),
+            })
+    }
+
+    /// Dials a member of a federation we do not belong to yet and asks it to let us join.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn join(
+        &self,
+        to: NodeId,
+        addresses: &[String],
+        request: &[u8],
+        timeout: Duration,
+    ) -> Result<Vec<u8>, CallError> {
+        let Some(peer) = peer_id(to) else {
+            return Err(CallError::Unreachable {
+                peer: to.to_string(),
+                reason: "its id is no Ed25519 key".to_owned(),
+            });
+        };
+        let addresses = addresses.iter().flat_map(|a| multiaddrs(a)).collect();
+        let _ = self.commands.send(Command::Dial(peer, addresses)).await;
+        let deadline = tokio::time::Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            let mut control = self.join.clone();
+            let result = streams::ask(&mut control, peer, streams::JOIN, request, left).await;
+            match result {
+                // The dial may still be under way.
+                Err(CallError::Unreachable { .. }) if left > Duration::from_millis(300) => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Puts this node's newest report into the view and gossips it.
+    pub async fn publish(&self, report: SignedReport) {
+        let Ok(bytes) = codec::encode(EXCHANGE_VERSION, &report) else {
+            warn!("a report could not be encoded");
+            return;
+        };
+        self.shared.take_report(report);
+        let _ = self.commands.send(Command::Publish(bytes)).await;
+    }
+
+    /// The newest report of each member; changes wake the receiver.
+    pub fn view(&self) -> watch::Receiver<View> {
+        self.shared.view.subscribe()
+    }
+
+    /// Members with a connection now; changes wake the receiver.
+    pub fn connected(&self) -> watch::Receiver<BTreeSet<NodeId>> {
+        self.shared.connected.subscribe()
+    }
+
+    /// Smoothed round-trip time to each member that was measured.
+    pub fn rtts(&self) -> BTreeMap<NodeId, Duration> {
+        self.shared.rtts.read().clone()
+    }
+
+    /// What this node hears and what others say they hear.
+    pub fn opinions(&self) -> Opinions {
+        self.shared.opinions(Instant::now())
+    }
+
+    /// Members this node has not heard for [`SUSPECT_AFTER`], with their silence: its opinion for
+    /// its report.
+    pub fn unheard(&self) -> BTreeMap<NodeId, Duration> {
+        let opinions = self.opinions();
+        opinions
+            .silence
+            .into_iter()
+            .filter(|(_, silence)| *silence >= SUSPECT_AFTER)
+            .collect()
+    }
+
+    /// Cuts the connections with `nodes` and refuses new ones, until called without them. For
+    /// testnets: a partition.
+    pub async fn block(&self, nodes: &BTreeSet<NodeId>) {
+        let peers = nodes.iter().filter_map(|node| peer_id(*node)).collect();
+        let _ = self.commands.send(Command::Block(peers)).await;
+    }
+
+    /// Addresses this node listens at, as `IP:PORT`.
+    pub async fn listening(&self) -> Vec<SocketAddr> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Listening(reply)).await;
+        let addresses = answer.await.unwrap_or_default();
+        addresses
+            .iter()
+            .filter_map(|address| {
+                let mut parts = address.iter();
+                let ip = match parts.next()? {
+                    Protocol::Ip4(ip) => ip.into(),
+                    Protocol::Ip6(ip) => ip.into(),
+                    _ => return None,
+                };
+                match parts.next()? {
+                    Protocol::Tcp(port) => Some(SocketAddr::new(ip, port)),
+                    _ => None,
+                }
+            })
+            .collect()
+    }
+}
+
+impl Shared {
+    fn heard(&self, node: NodeId) {
+        if let Some(at) = self.heard.write().get_mut(&node) {
+            *at = Instant::now();
+        }
+    }
+
+    fn is_member(&self, peer: &PeerId) -> bool {
+        self.members.read().contains(peer)
+    }
+
+    /// `true`: it was news.
+    fn take_report(&self, signed: SignedReport) -> bool {
+        let report = match signed.open(&self.federation) {
+            Ok(report) => report,
+            Err(error) => {
+                debug!(%error, "a report was refused");
+                return false;
+            }
+        };
+        let node = report.node;
+        if node != self.own && !peer_id(node).is_some_and(|peer| self.is_member(&peer)) {
+            return false;
+        }
+        let now = Instant::now();
+        let taken = self
+            .view
+            .send_if_modified(|view| view::insert(view, signed, report, now));
+        if taken {
+            self.heard(node);
+        }
+        taken
+    }
+
+    fn opinions(&self, now: Instant) -> Opinions {
+        let heard = self.heard.read();
+        let view = self.view.borrow();
+        Opinions {
+            own: Some(self.own),
+            members: heard.keys().copied().chain([self.own]).collect(),
+            silence: heard
+                .iter()
+                .filter(|(node, _)| **node != self.own)
+                .map(|(node, at)| (*node, now.saturating_duration_since(*at)))
+                .collect(),
+            reported: view
+                .iter()
+                .filter(|(node, _)| **node != self.own)
+                .map(|(node, seen)| (*node, seen.report.unreachable.keys().copied().collect()))
+                .collect(),
+        }
+    }
+}
+
+async fn listen(
+    swarm: &mut Swarm<Behaviour>,
+    addresses: &[SocketAddr],
+) -> Result<(), NetworkError> {
+    for address in addresses {
+        // A port of 0 gets its number from TCP, and QUIC takes the same one.
+        let mut port = address.port();
+        let failed = |reason: String| NetworkError::Listen {
+            address: *address,
+            reason,
+        };
+        for quic in [false, true] {
+            let base = Multiaddr::empty().with(Protocol::from(address.ip()));
+            let multiaddr = if quic {
+                base.with(Protocol::Udp(port)).with(Protocol::QuicV1)
+            } else {
+                base.with(Protocol::Tcp(port))
+            };
+            let listener = swarm
+                .listen_on(multiaddr)
+                .map_err(|error| failed(error.to_string()))?;
+            loop {
+                match swarm.select_next_some().await {
+                    SwarmEvent::NewListenAddr {
+                        listener_id,
+                        address,
+                    } if listener_id == listener => {
+                        if let Some(Protocol::Tcp(number)) = address.iter().nth(1) {
+                            port = number;
+                        }
+                        break;
+                    }
+                    SwarmEvent::ListenerClosed {
+                        listener_id,
+                        reason,
+                        ..
+                    } if listener_id == listener => {
+                        let reason = reason.err().map_or_else(String::new, |e| e.to_string());
+                        return Err(failed(reason));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn write_frames(
+    mut queue: mpsc::Receiver<Vec<u8>>,
+    mut control: libp2p_stream::Control,
+    peer: PeerId,
+) {
+    let mut stream: Option<Stream> = None;
+    while let Some(frame) = queue.recv().await {
+        if stream.is_none() {
+            let opening = control.open_stream(peer, streams::FRAMES);
+            match tokio::time::timeout(Duration::from_secs(3), opening).await {
+                Ok(Ok(opened)) => stream = Some(opened),
+                Ok(Err(error)) => debug!(%peer, %error, "no stream for frames"),
+                Err(_) => debug!(%peer, "no stream for frames in time"),
+            }
+        }
+        let Some(open) = stream.as_mut() else {
+            // What waited meanwhile is out of date.
+            while queue.try_recv().is_ok() {}
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        if let Err(error) = streams::write(open, &frame).await {
+            debug!(%peer, %error, "the stream for frames broke");
+            stream = None;
+        }
+    }
+}
+
+async fn take_frames(
+    mut incoming: libp2p_stream::IncomingStreams,
+    shared: Arc<Shared>,
+    handler: Arc<dyn Handler>,
+) {
+    while let Some((peer, mut stream)) = incoming.next().await {
+        let (shared, handler) = (Arc::downgrade(&shared), Arc::clone(&handler));
+        tokio::spawn(async move {
+            let Some(node) = node_id(&peer) else {
+                return;
+            };
+            loop {
+                match streams::read(&mut stream, CALL_BYTES_MAX).await {
+                    Ok(Some(frame)) => {
+                        let Some(shared) = shared.upgrade() else {
+                            return;
+                        };
+                        if !shared.is_member(&peer) {
+                            return;
+                        }
+                        shared.heard(node);
+                        handler.frame(node, &frame);
+                    }
+                    Ok(None) => return,
+                    Err(error) => {
+                        debug!(%peer, %error, "frames end");
+                        return;
+                    }
+                }
+            }
+        });
+    }
+}
+
+async fn take_calls(
+    mut incoming: libp2p_stream::IncomingStreams,
+    shared: Arc<Shared>,
+    handler: Arc<dyn Handler>,
+) {
+    while let Some((peer, mut stream)) = incoming.next().await {
+        let (shared, handler) = (Arc::clone(&shared), Arc::clone(&handler));
+        tokio::spawn(async move {
+            let Some(node) = node_id(&peer).filter(|_| shared.is_member(&peer)) else {
+                return;
+            };
+            let Ok(_permit) = shared.calls.acquire().await else {
+                return;
+            };
+            let Ok(Some(question)) = streams::read(&mut stream, CALL_BYTES_MAX).await else {
+                return;
+            };
+            shared.heard(node);
+            let result = handler.call(node, &question).await;
+            if let Err(error) = streams::answer(&mut stream, result).await {
+                debug!(%peer, %error, "an answer could not be sent");
+            }
+        });
+    }
+}
+
+async fn take_reports(mut incoming: libp2p_stream::IncomingStreams, shared: Arc<Shared>) {
+    while let Some((peer, mut stream)) = incoming.next().await {
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            if !shared.is_member(&peer) {
+                return;
+            }
+            let Ok(Some(question)) = streams::read(&mut stream, REPORT_BYTES_MAX * 4).await else {
+                return;
+            };
+            let result = codec::decode::<Digest>(EXCHANGE_VERSION, &question, REPORT_BYTES_MAX * 4)
+                .and_then(|digest| {
+                    let missing = view::missing(&shared.view.borrow(), &digest, CALL_BYTES_MAX / 2);
+                    codec::encode(EXCHANGE_VERSION, &missing)
+                })
+                .map_err(|error| error.to_string());
+            if let Err(error) = streams::answer(&mut stream, result).await {
+                debug!(%peer, %error, "reports could not be sent");
+            }
+        });
+    }
+}
+
+async fn take_joins(mut incoming: libp2p_stream::IncomingStreams, handler: Arc<dyn Handler>) {
+    let at_once = Arc::new(Semaphore::new(8));
+    while let Some((peer, mut stream)) = incoming.next().await {
+        let Ok(permit) = Arc::clone(&at_once).try_acquire_owned() else {
+            debug!(%peer, "too many requests to join at once");
+            continue;
+        };
+        let handler = Arc::clone(&handler);
+        tokio::spawn(async move {
+            let _permit = permit;
+            let work = async {
+                let node = node_id(&peer)?;
+                let request = streams::read(&mut stream, JOIN_BYTES_MAX).await.ok()??;
+                let result = handler.join(node, &request).await;
+                streams::answer(&mut stream, result).await.ok()
+            };
+            let _ = tokio::time::timeout(OUTSIDER_TIME, work).await;
+        });
+    }
+}
+
+async fn exchange_reports(
+    mut wanted: mpsc::Receiver<PeerId>,
+    shared: std::sync::Weak<Shared>,
+    mut control: libp2p_stream::Control,
+) {
+    while let Some(peer) = wanted.recv().await {
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        let digest = view::digest(&shared.view.borrow());
+        let Ok(question) = codec::encode(EXCHANGE_VERSION, &digest) else {
+            continue;
+        };
+        let timeout = Duration::from_secs(5);
+        match streams::ask(&mut control, peer, streams::REPORTS, &question, timeout).await {
+            Ok(answer) => {
+                match codec::decode::<Missing>(EXCHANGE_VERSION, &answer, CALL_BYTES_MAX) {
+                    Ok(missing) => {
+                        for report in missing.0 {
+                            shared.take_report(report);
+                        }
+                    }
+                    Err(error) => debug!(%peer, %error, "an exchange of reports is not readable"),
+                }
+            }
+            Err(error) => debug!(%error, "no exchange of reports"),
+        }
+    }
+}
+
+struct SwarmTask {
+    swarm: Swarm<Behaviour>,
+    shared: std::sync::Weak<Shared>,
+    commands: mpsc::Receiver<Command>,
+    exchange: mpsc::Sender<PeerId>,
+    /// When each connection was made, and whether as a member's.
+    connections: BTreeMap<ConnectionId, (PeerId, Instant, bool)>,
+    /// Since when a member without a connection is wanted.
+    wanted_since: BTreeMap<PeerId, Instant>,
+    last_care: Instant,
+    last_exchange: Instant,
+    turn: usize,
+}
+
+impl SwarmTask {
+    async fn run(mut self) {
+        let mut care = tokio::time::interval(CARE_INTERVAL);
+        care.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.on_event(event),
+                command = self.commands.recv() => match command {
+                    Some(command) => self.on_command(command),
+                    None => return,
+                },
+                _ = care.tick() => {
+                    let Some(shared) = self.shared.upgrade() else { return };
+                    self.care(&shared);
+                }
+            }
+        }
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Members(peers) => {
+                let ids: BTreeSet<PeerId> = peers.iter().filter_map(|p| peer_id(p.node)).collect();
+                // A connection made before its peer was admitted (or after it left) carries the
+                // wrong protocols.
+                let wrong: Vec<ConnectionId> = self
+                    .connections
+                    .iter()
+                    .filter(|(_, (peer, _, member))| ids.contains(peer) != *member)
+                    .map(|(connection, _)| *connection)
+                    .collect();
+                for connection in wrong {
+                    let young_outsider =
+                        self.connections
+                            .get(&connection)
+                            .is_some_and(|(_, at, member)| {
+                                !member && at.elapsed() < Duration::from_secs(1)
+                            });
+                    // The answer to its request to join may still be on the way.
+                    if !young_outsider {
+                        self.swarm.close_connection(connection);
+                    }
+                }
+                self.dial_members();
+            }
+            Command::Publish(bytes) => {
+                let Some(shared) = self.shared.upgrade() else {
+                    return;
+                };
+                let topic = topic(&shared.federation);
+                let gossipsub = &mut self.swarm.behaviour_mut().members.inner.gossipsub;
+                match gossipsub.publish(topic, bytes) {
+                    Ok(_) | Err(gossipsub::PublishError::NoPeersSubscribedToTopic) => {}
+                    Err(error) => debug!(%error, "a report was not gossiped"),
+                }
+            }
+            Command::Dial(peer, addresses) => self.dial(peer, addresses),
+            Command::Block(peers) => {
+                let blocked = &mut self.swarm.behaviour_mut().blocked;
+                let old: Vec<PeerId> = blocked.blocked_peers().iter().copied().collect();
+                for peer in old {
+                    if !peers.contains(&peer) {
+                        blocked.unblock_peer(peer);
+                    }
+                }
+                for peer in peers {
+                    blocked.block_peer(peer);
+                }
+            }
+            Command::Listening(reply) => {
+                let _ = reply.send(self.swarm.listeners().cloned().collect());
+            }
+        }
+    }
+
+    fn dial(&mut self, peer: PeerId, addresses: Vec<Multiaddr>) {
+        let options = DialOpts::peer_id(peer)
+            .condition(PeerCondition::DisconnectedAndNotDialing)
+            .addresses(addresses)
+            .build();
+        if let Err(error) = self.swarm.dial(options) {
+            debug!(%peer, %error, "not dialled");
+        }
+    }
+
+    fn dial_members(&mut self) {
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
+        let peers = shared.peers.read().clone();
+        let now = Instant::now();
+        for known in peers {
+            let Some(peer) = peer_id(known.node).filter(|_| known.node != shared.own) else {
+                continue;
+            };
+            if self.swarm.is_connected(&peer) {
+                self.wanted_since.remove(&peer);
+                continue;
+            }
+            let since = *self.wanted_since.entry(peer).or_insert(now);
+            let mine = shared.own < known.node;
+            if mine || now.duration_since(since) >= SECOND_DIALLER_WAIT {
+                let addresses = known.addresses.iter().flat_map(|a| multiaddrs(a)).collect();
+                self.dial(peer, addresses);
+            }
+        }
+    }
+
+    fn care(&mut self, shared: &Arc<Shared>) {
+        let now = Instant::now();
+        if now.duration_since(self.last_care) > PAUSE_DETECTED {
+            info!(
+                seconds = now.duration_since(self.last_care).as_secs(),
+                "this node was paused; silence is counted anew"
+            );
+            for at in shared.heard.write().values_mut() {
+                *at = now;
+            }
+        }
+        self.last_care = now;
+        self.dial_members();
+        let late: Vec<ConnectionId> = self
+            .connections
+            .iter()
+            .filter(|(_, (peer, at, member))| {
+                let outstayed = !member && now.duration_since(*at) > OUTSIDER_TIME;
+                let became_member = !member
+                    && shared.is_member(peer)
+                    && now.duration_since(*at) > Duration::from_secs(1);
+                outstayed || became_member
+            })
+            .map(|(connection, _)| *connection)
+            .collect();
+        for connection in late {
+            self.swarm.close_connection(connection);
+        }
+        if now.duration_since(self.last_exchange) >= EXCHANGE_INTERVAL {
+            self.last_exchange = now;
+            let connected: Vec<PeerId> = shared
+                .connected
+                .borrow()
+                .iter()
+                .filter_map(|node| peer_id(*node))
+                .collect();
+            if !connected.is_empty() {
+                self.turn = (self.turn + 1) % connected.len();
+                let _ = self.exchange.try_send(connected[self.turn]);
+            }
+        }
+    }
+
+    fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        match event {
+            SwarmEvent::ConnectionEstablished {
+                peer_id,
+                connection_id,
+                ..
+            } => {
+                let member = self.swarm.behaviour().members.is_admitted(connection_id);
+                self.connections
+                    .insert(connection_id, (peer_id, Instant::now(), member));
+                self.wanted_since.remove(&peer_id);
+                if member {
+                    self.on_connected(peer_id);
+                }
+            }
+            SwarmEvent::ConnectionClosed {
+                peer_id,
+                connection_id,
+                ..
+            } => {
+                self.connections.remove(&connection_id);
+                let left = self
+                    .connections
+                    .values()
+                    .any(|(peer, _, member)| *member && *peer == peer_id);
+                if let (false, Some(shared), Some(node)) =
+                    (left, self.shared.upgrade(), node_id(&peer_id))
+                {
+                    shared.connected.send_if_modified(|set| set.remove(&node));
+                    shared.queues.lock().remove(&node);
+                }
+            }
+            SwarmEvent::Behaviour(BehaviourEvent::Members(InnerEvent::Ping(event))) => {
+                self.on_ping(event);
+            }
+            SwarmEvent::Behaviour(BehaviourEvent::Members(InnerEvent::Gossipsub(
+                gossipsub::Event::Message {
+                    propagation_source,
+                    message_id,
+                    message,
+                },
+            ))) => self.on_message(&propagation_source, &message_id, &message.data),
+            SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
+                debug!(?peer_id, %error, "a dial failed");
+            }
+            _ => {}
+        }
+    }
+
+    fn on_connected(&mut self, peer: PeerId) {
+        let (Some(shared), Some(node)) = (self.shared.upgrade(), node_id(&peer)) else {
+            return;
+        };
+        // A connection alone is no sign of life: the other side may refuse it right away.
+        let news = shared.connected.send_if_modified(|set| set.insert(node));
+        if news {
+            debug!(%node, "connected");
+            let _ = self.exchange.try_send(peer);
+        }
+    }
+
+    fn on_ping(&mut self, event: ping::Event) {
+        let (Some(shared), Some(node)) = (self.shared.upgrade(), node_id(&event.peer)) else {
+            return;
+        };
+        match event.result {
+            Ok(rtt) => {
+                shared.heard(node);
+                let mut rtts = shared.rtts.write();
+                // Smoothed as in RFC 6298 §2.
+                rtts.entry(node)
+                    .and_modify(|old| *old = (*old * 7 + rtt) / 8)
+                    .or_insert(rtt);
+            }
+            Err(error) => {
+                debug!(%node, %error, "no answer to a ping; the connection is closed");
+                self.swarm.close_connection(event.connection);
+            }
+        }
+    }
+
+    fn on_message(&mut self, source: &PeerId, id: &gossipsub::MessageId, data: &[u8]) {
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
+        let acceptance =
+            match codec::decode::<SignedReport>(EXCHANGE_VERSION, data, REPORT_BYTES_MAX + 1024) {
+                Ok(report) => {
+                    if shared.take_report(report) {
+                        gossipsub::MessageAcceptance::Accept
+                    } else {
+                        gossipsub::MessageAcceptance::Ignore
+                    }
+                }
+                Err(error) => {
+                    debug!(%source, %error, "a gossiped report is not readable");
+                    gossipsub::MessageAcceptance::Reject
+                }
+            };
+        self.swarm
+            .behaviour_mut()
+            .members
+            .inner
+            .gossipsub
+            .report_message_validation_result(id, source, acceptance);
+    }
+}

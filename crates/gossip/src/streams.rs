@@ -1,0 +1,174 @@
+//! Length-prefixed messages on libp2p streams: frames in order on one stream per peer, calls on a
+//! stream each.
+
+use std::time::Duration;
+
+use futures::{AsyncReadExt, AsyncWriteExt};
+use libp2p::{PeerId, Stream, StreamProtocol};
+use thiserror::Error;
+
+/// Frames of the consensus.
+pub(crate) const FRAMES: StreamProtocol = StreamProtocol::new("/krake/frames/1");
+/// Questions between members.
+pub(crate) const CALLS: StreamProtocol = StreamProtocol::new("/krake/calls/1");
+/// Exchange of reports between members.
+pub(crate) const REPORTS: StreamProtocol = StreamProtocol::new("/krake/reports/1");
+/// A newcomer's request.
+pub(crate) const JOIN: StreamProtocol = StreamProtocol::new("/krake/join/1");
+
+/// One frame, question or answer has this many bytes at most.
+pub const CALL_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// A newcomer's request has this many bytes at most.
+pub(crate) const JOIN_BYTES_MAX: usize = 64 * 1024;
+/// A peer that does not take or give bytes for this long has lost its stream.
+const STALL: Duration = Duration::from_secs(5);
+
+/// A question got no answer.
+#[derive(Debug, Error)]
+pub enum CallError {
+    /// No connection, or the peer does not speak the protocol.
+    #[error("node {peer} cannot be reached: {reason}")]
+    Unreachable {
+        /// Whom we asked.
+        peer: String,
+        /// Why.
+        reason: String,
+    },
+    /// The time is over.
+    #[error("node {peer} gave no answer within {} ms", timeout.as_millis())]
+    Timeout {
+        /// Whom we asked.
+        peer: String,
+        /// How long we waited.
+        timeout: Duration,
+    },
+    /// It answered with an error.
+    #[error("node {peer} answered: {reason}")]
+    Refused {
+        /// Whom we asked.
+        peer: String,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// Writes one message.
+pub(crate) async fn write(stream: &mut Stream, bytes: &[u8]) -> std::io::Result<()> {
+    let length = (bytes.len() as u32).to_be_bytes();
+    let work = async {
+        if bytes.len() <= 4096 {
+            let mut joined = Vec::with_capacity(bytes.len() + 4);
+            joined.extend_from_slice(&length);
+            joined.extend_from_slice(bytes);
+            stream.write_all(&joined).await?;
+        } else {
+            stream.write_all(&length).await?;
+            stream.write_all(bytes).await?;
+        }
+        stream.flush().await
+    };
+    tokio::time::timeout(STALL.max(size_allowance(bytes.len())), work)
+        .await
+        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+}
+
+/// Time that a message of this size may take on a slow line (1 MB/s).
+const fn size_allowance(bytes: usize) -> Duration {
+    Duration::from_millis(1000 + bytes as u64 / 1000)
+}
+
+/// Reads one message of at most `limit` bytes; `None` at a clean end.
+pub(crate) async fn read(stream: &mut Stream, limit: usize) -> std::io::Result<Option<Vec<u8>>> {
+    let mut length = [0_u8; 4];
+    match stream.read_exact(&mut length).await {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let length = u32::from_be_bytes(length) as usize;
+    if length > limit {
+        return Err(std::io::Error::new(
+            std::io::ErrorKind::InvalidData,
+            format!("a message of {length} bytes, the limit is {limit}"),
+        ));
+    }
+    // Grows as bytes arrive: a peer cannot make us reserve what it does not send.
+    let mut bytes = Vec::new();
+    let work = async {
+        let taken = (&mut *stream)
+            .take(length as u64)
+            .read_to_end(&mut bytes)
+            .await?;
+        if taken == length {
+            Ok(())
+        } else {
+            Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof))
+        }
+    };
+    tokio::time::timeout(STALL.max(size_allowance(length)), work)
+        .await
+        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
+    Ok(Some(bytes))
+}
+
+/// Writes an answer: a status byte, then the bytes or the text of the error.
+pub(crate) async fn answer(
+    stream: &mut Stream,
+    result: Result<Vec<u8>, String>,
+) -> std::io::Result<()> {
+    let mut bytes = Vec::new();
+    match result {
+        Ok(answer) => {
+            bytes.push(0);
+            bytes.extend_from_slice(&answer);
+        }
+        Err(reason) => {
+            bytes.push(1);
+            bytes.extend_from_slice(reason.as_bytes());
+        }
+    }
+    write(stream, &bytes).await?;
+    stream.close().await
+}
+
+/// Opens a stream, asks and waits for the answer, all within `timeout`.
+pub(crate) async fn ask(
+    control: &mut libp2p_stream::Control,
+    peer: PeerId,
+    protocol: StreamProtocol,
+    question: &[u8],
+    timeout: Duration,
+) -> Result<Vec<u8>, CallError> {
+    let unreachable = |reason: String| CallError::Unreachable {
+        peer: peer.to_string(),
+        reason,
+    };
+    let work = async {
+        let mut stream = control
+            .open_stream(peer, protocol)
+            .await
+            .map_err(|error| unreachable(error.to_string()))?;
+        write(&mut stream, question)
+            .await
+            .map_err(|error| unreachable(error.to_string()))?;
+        let bytes = read(&mut stream, CALL_BYTES_MAX)
+            .await
+            .map_err(|error| unreachable(error.to_string()))?;
+        match bytes.as_deref().and_then(<[u8]>::split_first) {
+            Some((0, answer)) => Ok(answer.to_vec()),
+            Some((_, reason)) => Err(CallError::Refused {
+                peer: peer.to_string(),
+                reason: String::from_utf8_lossy(reason).into_owned(),
+            }),
+            None => Err(unreachable("the stream ended without an answer".to_owned())),
+        }
+    };
+    tokio::time::timeout(timeout, work)
+        .await
+        .unwrap_or_else(|_| {
+            Err(CallError::Timeout {
+                peer: peer.to_string(),
+                timeout,
+            })
+        })
+}

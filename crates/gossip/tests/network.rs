@@ -1,0 +1,262 @@
+//! Real swarms on loopback.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use ed25519_dalek::{Signer, SigningKey};
+use krake_gossip::{Handler, Network, NetworkConfig, NetworkError, Peer};
+use krake_model::ids::{FederationId, NodeId};
+use krake_model::report::{SignedReport, SiteReport};
+use krake_model::time::Timestamp;
+use parking_lot::Mutex;
+
+const LIMIT: Duration = Duration::from_secs(20);
+const FEDERATION: FederationId = FederationId::from_bytes([3; 32]);
+
+#[derive(Default)]
+struct Recorder {
+    frames: Mutex<Vec<(NodeId, Vec<u8>)>>,
+}
+
+#[async_trait]
+impl Handler for Recorder {
+    fn frame(&self, from: NodeId, bytes: &[u8]) {
+        self.frames.lock().push((from, bytes.to_vec()));
+    }
+
+    async fn call(&self, _from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String> {
+        if bytes == b"no" {
+            return Err("not today".to_owned());
+        }
+        Ok([b"echo ", bytes].concat())
+    }
+
+    async fn join(&self, from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String> {
+        Ok([from.to_string().as_bytes(), b" ", bytes].concat())
+    }
+}
+
+struct Member {
+    key: SigningKey,
+    network: Network,
+    recorder: Arc<Recorder>,
+    peer: Peer,
+}
+
+async fn start(number: u8) -> Member {
+    let key = SigningKey::from_bytes(&[number; 32]);
+    let recorder = Arc::<Recorder>::default();
+    let network = Network::start(
+        NetworkConfig {
+            secret_key: key.to_bytes(),
+            federation: FEDERATION,
+            listen: vec!["127.0.0.1:0".parse().unwrap()],
+            connections_max: 100,
+        },
+        Arc::clone(&recorder) as Arc<dyn Handler>,
+    )
+    .await
+    .unwrap();
+    let peer = Peer {
+        node: network.own(),
+        addresses: network
+            .listening()
+            .await
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+    };
+    Member {
+        key,
+        network,
+        recorder,
+        peer,
+    }
+}
+
+async fn started(count: u8) -> Vec<Member> {
+    let mut members = Vec::new();
+    for number in 1..=count {
+        members.push(start(number).await);
+    }
+    members
+}
+
+async fn admit(members: &[&Member]) {
+    let peers: Vec<Peer> = members.iter().map(|member| member.peer.clone()).collect();
+    for member in members {
+        member.network.set_members(peers.clone()).await;
+    }
+    for member in members {
+        let mut connected = member.network.connected();
+        let all = connected.wait_for(|set| set.len() == members.len() - 1);
+        tokio::time::timeout(LIMIT, all).await.unwrap().unwrap();
+    }
+}
+
+fn report(member: &Member, sequence: u64) -> SignedReport {
+    let report = SiteReport {
+        node: member.peer.node,
+        boot: 1,
+        sequence,
+        observed_at: Timestamp::from_millis(0),
+        metrics: BTreeMap::from([("pue".to_owned(), 1.1)]),
+        backends: BTreeMap::new(),
+        rtts_micros: BTreeMap::new(),
+        unreachable: BTreeMap::new(),
+        version: "test".to_owned(),
+    };
+    SignedReport::sign(&report, &FEDERATION, |bytes| {
+        member.key.sign(bytes).to_bytes()
+    })
+    .unwrap()
+}
+
+async fn has_report(member: &Member, of: &Member, sequence: u64) {
+    let mut view = member.network.view();
+    let there = view.wait_for(|view| {
+        view.get(&of.peer.node)
+            .is_some_and(|seen| seen.report.sequence >= sequence)
+    });
+    tokio::time::timeout(LIMIT, there).await.unwrap().unwrap();
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        if start.elapsed() > LIMIT {
+            panic!("still not: {what}");
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_exchange_frames_calls_and_reports() {
+    let members = started(3).await;
+    admit(&members.iter().collect::<Vec<_>>()).await;
+    let [a, b, c] = &members[..] else {
+        panic!("three")
+    };
+    for number in 0..100_u8 {
+        assert!(a.network.send_frame(b.peer.node, vec![number]));
+    }
+    until("all frames are there", || {
+        b.recorder.frames.lock().len() == 100
+    })
+    .await;
+    let frames = b.recorder.frames.lock().clone();
+    assert!(
+        frames
+            .iter()
+            .enumerate()
+            .all(|(i, (from, frame))| *from == a.peer.node && frame[..] == [i as u8])
+    );
+
+    let answer = a.network.call(c.peer.node, b"hello", LIMIT).await.unwrap();
+    assert_eq!(answer, b"echo hello");
+    let refused = a.network.call(c.peer.node, b"no", LIMIT).await.unwrap_err();
+    assert!(refused.to_string().contains("not today"), "{refused}");
+
+    for sequence in 1..4 {
+        a.network.publish(report(a, sequence)).await;
+        has_report(b, a, sequence).await;
+        has_report(c, a, sequence).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_joiner_has_all_reports_after_one_exchange() {
+    let members = started(3).await;
+    let [a, b, late] = &members[..] else {
+        panic!("three")
+    };
+    admit(&[a, b]).await;
+    a.network.publish(report(a, 7)).await;
+    has_report(b, a, 7).await;
+    admit(&[a, b, late]).await;
+    has_report(late, a, 7).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outsider_can_ask_to_join_and_nothing_else() {
+    let members = started(3).await;
+    let [a, b, outsider] = &members[..] else {
+        panic!("three")
+    };
+    admit(&[a, b]).await;
+    let answer = outsider
+        .network
+        .join(a.peer.node, &a.peer.addresses, b"please", LIMIT)
+        .await
+        .unwrap();
+    assert_eq!(
+        String::from_utf8(answer).unwrap(),
+        format!("{} please", outsider.peer.node)
+    );
+    // It believes to be a member; the others do not.
+    let peers = members.iter().map(|member| member.peer.clone()).collect();
+    outsider.network.set_members(peers).await;
+    a.network.publish(report(a, 1)).await;
+    has_report(b, a, 1).await;
+    let short = Duration::from_millis(500);
+    assert!(
+        outsider
+            .network
+            .call(a.peer.node, b"hi", short)
+            .await
+            .is_err()
+    );
+    assert!(outsider.network.view().borrow().is_empty());
+    outsider.network.send_frame(a.peer.node, vec![1]);
+    assert!(a.network.call(b.peer.node, b"hi", LIMIT).await.is_ok());
+    assert!(a.recorder.frames.lock().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_is_noticed_and_heals() {
+    let members = started(3).await;
+    let all: Vec<&Member> = members.iter().collect();
+    admit(&all).await;
+    let [a, b, c] = &members[..] else {
+        panic!("three")
+    };
+    c.network
+        .block(&BTreeSet::from([a.peer.node, b.peer.node]))
+        .await;
+    for member in [a, b] {
+        let node = c.peer.node;
+        until("the silence shows", || {
+            member.network.unheard().contains_key(&node)
+        })
+        .await;
+        assert_eq!(member.network.unheard().len(), 1);
+    }
+    c.network.block(&BTreeSet::new()).await;
+    let mut connected = c.network.connected();
+    let healed = connected.wait_for(|set| set.len() == 2);
+    tokio::time::timeout(LIMIT, healed).await.unwrap().unwrap();
+    until("it is heard again", || a.network.unheard().is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_port_in_use_is_a_clear_error() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let error = Network::start(
+        NetworkConfig {
+            secret_key: [9; 32],
+            federation: FEDERATION,
+            listen: vec![address],
+            connections_max: 10,
+        },
+        Arc::<Recorder>::default(),
+    )
+    .await
+    .unwrap_err();
+    assert!(matches!(error, NetworkError::Listen { .. }));
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+}

@@ -1,1 +1,21 @@
-//! Serving an API in Kubernetes' conventions: discovery, OpenAPI, tables, list and watch, patches, server-side apply.
+//! An API in Kubernetes' conventions, for any kinds over any store: what stock `kubectl`, client-go
+//! and kube-rs need to get, list, watch, apply, patch and delete.
+//!
+//! A [`kinds::Kind`] is data (schema, columns, flags); [`service::Service`] serves all of them with
+//! one machinery over a [`store::Store`], checked by a [`service::Admission`].
+
+mod discovery;
+pub mod error;
+pub mod kinds;
+pub mod managed;
+pub mod schema;
+pub mod selector;
+pub mod service;
+pub mod store;
+pub mod table;
+mod write;
+
+pub use crate::error::{ApiError, Cause};
+pub use crate::kinds::{Column, Kind, Registry};
+pub use crate::service::{Admission, AdmitAll, FieldValidation, Service};
+pub use crate::store::{Event, EventKind, EventLog, Freshness, Listing, MemoryStore, Store};

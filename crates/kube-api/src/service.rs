@@ -1,0 +1,794 @@
+//! Requests: one path grammar and one set of verbs for all kinds.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use axum::body::Body;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use crate::discovery;
+use crate::error::{ApiError, Cause};
+use crate::kinds::{Kind, Registry};
+use crate::managed::Writer;
+use crate::selector::{FieldSelector, LabelSelector};
+use crate::store::{Event, EventKind, Freshness, Listing, Read, Store};
+use crate::table::{self, Include};
+use crate::write::{self, Change};
+
+/// A body has at most this many bytes (3 MiB, as in Kubernetes).
+pub const BODY_BYTES_MAX: usize = 3 * 1024 * 1024;
+/// A watch without a time limit of its own ends after this long; clients start it again.
+const WATCH_TIME: Duration = Duration::from_secs(45 * 60);
+/// A watch that asked for bookmarks gets one at least this often.
+const BOOKMARK_INTERVAL: Duration = Duration::from_secs(30);
+/// Lists of all kinds return at most this many objects at once.
+const LIST_MAX: usize = 50_000;
+
+/// Checks and completes what is written, kind by kind.
+#[async_trait]
+pub trait Admission: Send + Sync + 'static {
+    /// Before an object is written; `old` is what it replaces. `subresource` is `status` or empty.
+    ///
+    /// # Errors
+    /// Why not.
+    async fn admit(
+        &self,
+        kind: &Kind,
+        old: Option<&Value>,
+        object: &mut Value,
+        subresource: &str,
+        dry_run: bool,
+    ) -> Result<(), ApiError>;
+
+    /// Before an object is deleted.
+    ///
+    /// # Errors
+    /// Why not.
+    async fn admit_delete(&self, kind: &Kind, object: &Value) -> Result<(), ApiError> {
+        let _ = (kind, object);
+        Ok(())
+    }
+}
+
+/// Admits everything.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AdmitAll;
+
+#[async_trait]
+impl Admission for AdmitAll {
+    async fn admit(
+        &self,
+        _kind: &Kind,
+        _old: Option<&Value>,
+        _object: &mut Value,
+        _subresource: &str,
+        _dry_run: bool,
+    ) -> Result<(), ApiError> {
+        Ok(())
+    }
+}
+
+/// What is done about fields that a schema does not know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FieldValidation {
+    /// They are dropped.
+    Ignore,
+    /// They are dropped, with a warning.
+    Warn,
+    /// They are an error.
+    Strict,
+}
+
+/// An API: kinds, where their objects are, and what is checked.
+pub struct Service {
+    /// The kinds.
+    pub registry: Arc<Registry>,
+    /// The objects.
+    pub store: Arc<dyn Store>,
+    /// The checks.
+    pub admission: Arc<dyn Admission>,
+    /// What `/version` says.
+    pub version: Value,
+    /// What happens to unknown fields when a client does not say.
+    pub field_validation: FieldValidation,
+}
+
+impl std::fmt::Debug for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Service").finish_non_exhaustive()
+    }
+}
+
+/// Where a request points.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
+    pub(crate) kind: Arc<Kind>,
+    pub(crate) namespace: Option<String>,
+    pub(crate) name: Option<String>,
+    pub(crate) subresource: String,
+}
+
+/// The query, decoded.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Query(BTreeMap<String, String>);
+
+impl Query {
+    fn parse(query: Option<&str>) -> Result<Self, ApiError> {
+        let pairs: Vec<(String, String)> = serde_urlencoded::from_str(query.unwrap_or_default())
+            .map_err(|error| {
+                ApiError::bad_request(format!("the query is not readable: {error}"))
+            })?;
+        Ok(Self(pairs.into_iter().collect()))
+    }
+
+    pub(crate) fn get(&self, key: &str) -> Option<&str> {
+        self.0
+            .get(key)
+            .map(String::as_str)
+            .filter(|v| !v.is_empty())
+    }
+
+    pub(crate) fn flag(&self, key: &str) -> bool {
+        matches!(
+            self.0.get(key).map(String::as_str),
+            Some("true" | "1" | "True")
+        )
+    }
+
+    pub(crate) fn dry_run(&self) -> Result<bool, ApiError> {
+        match self.get("dryRun") {
+            None => Ok(false),
+            Some("All") => Ok(true),
+            Some(other) => Err(ApiError::bad_request(format!(
+                "dryRun={other} is not supported: write dryRun=All"
+            ))),
+        }
+    }
+
+    fn freshness(&self) -> Result<Freshness, ApiError> {
+        match self.get("resourceVersion") {
+            None => Ok(Freshness::Latest),
+            Some("0") => Ok(Freshness::Any),
+            Some(text) => Ok(Freshness::AtLeast(number(text)?)),
+        }
+    }
+}
+
+fn number(text: &str) -> Result<u64, ApiError> {
+    text.parse().map_err(|_| {
+        ApiError::bad_request(format!("invalid resourceVersion `{text}`: not a number"))
+    })
+}
+
+/// An answer with a JSON body.
+pub fn respond(code: u16, body: &Value) -> Response<Body> {
+    let mut response = Response::new(Body::from(body.to_string()));
+    *response.status_mut() =
+        StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
+    response
+}
+
+fn failure(error: &ApiError) -> Response<Body> {
+    let mut response = respond(error.code, &error.to_status());
+    if let Some(seconds) = error.retry_after {
+        response
+            .headers_mut()
+            .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
+impl Service {
+    /// Answers a request; never fails, errors become `Status` objects.
+    pub async fn handle(self: &Arc<Self>, request: Request<Body>) -> Response<Body> {
+        match self.route(request).await {
+            Ok(response) => response,
+            Err(error) => failure(&error),
+        }
+    }
+
+    async fn route(self: &Arc<Self>, request: Request<Body>) -> Result<Response<Body>, ApiError> {
+        let (parts, body) = request.into_parts();
+        let path = parts.uri.path().to_owned();
+        let query = Query::parse(parts.uri.query())?;
+        let segments: Vec<String> = path
+            .split('/')
+            .filter(|part| !part.is_empty())
+            .map(|part| {
+                percent_encoding::percent_decode_str(part)
+                    .decode_utf8_lossy()
+                    .into_owned()
+            })
+            .collect();
+        let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
+        if parts.method == Method::GET
+            && let Some(document) = self.document(&segments)
+        {
+            return Ok(respond(200, &document));
+        }
+        let target = self
+            .resolve(&segments)
+            .ok_or_else(|| ApiError::no_such_path(&path))?;
+        if !matches!(target.subresource.as_str(), "" | "status")
+            || (target.subresource == "status" && !target.kind.status)
+        {
+            return Err(ApiError::new(
+                501,
+                "NotImplemented",
+                format!(
+                    "{} has no subresource {} here",
+                    target.kind.plural, target.subresource
+                ),
+            ));
+        }
+        self.verb(&parts.method, &parts.headers, target, query, body)
+            .await
+    }
+
+    fn document(&self, segments: &[&str]) -> Option<Value> {
+        let registry = &self.registry;
+        match segments {
+            ["version"] => Some(self.version.clone()),
+            ["api"] => Some(discovery::core_versions(registry)),
+            ["apis"] => Some(discovery::groups(registry)),
+            ["api", version] => discovery::resources(registry, "", version),
+            ["apis", group] => discovery::group(registry, group),
+            ["apis", group, version] => discovery::resources(registry, group, version),
+            ["openapi", "v3"] => Some(discovery::openapi_index(registry)),
+            ["openapi", "v3", "api", version] => {
+                Some(discovery::openapi_document(registry, "", version))
+            }
+            ["openapi", "v3", "apis", group, version] => {
+                Some(discovery::openapi_document(registry, group, version))
+            }
+            _ => None,
+        }
+    }
+
+    fn resolve(&self, segments: &[&str]) -> Option<Target> {
+        let (group, version, rest) = match segments {
+            ["api", version, rest @ ..] => ("", *version, rest),
+            ["apis", group, version, rest @ ..] => (*group, *version, rest),
+            _ => return None,
+        };
+        let find = |plural: &str| self.registry.find(group, version, plural);
+        let target = |kind, namespace: Option<&str>, name: Option<&str>, sub: &str| Target {
+            kind,
+            namespace: namespace.map(ToOwned::to_owned),
+            name: name.map(ToOwned::to_owned),
+            subresource: sub.to_owned(),
+        };
+        match rest {
+            ["namespaces", ns, plural, tail @ ..] if find(plural).is_some_and(|k| k.namespaced) => {
+                let kind = find(plural)?;
+                match tail {
+                    [] => Some(target(kind, Some(ns), None, "")),
+                    [name] => Some(target(kind, Some(ns), Some(name), "")),
+                    [name, sub @ ..] => Some(target(kind, Some(ns), Some(name), &sub.join("/"))),
+                }
+            }
+            [plural] => Some(target(find(plural)?, None, None, "")),
+            [plural, name] => {
+                let kind = find(plural).filter(|kind| !kind.namespaced)?;
+                Some(target(kind, None, Some(name), ""))
+            }
+            [plural, name, sub @ ..] => {
+                let kind = find(plural).filter(|kind| !kind.namespaced)?;
+                Some(target(kind, None, Some(name), &sub.join("/")))
+            }
+            [] => None,
+        }
+    }
+
+    async fn verb(
+        self: &Arc<Self>,
+        method: &Method,
+        headers: &HeaderMap,
+        target: Target,
+        query: Query,
+        body: Body,
+    ) -> Result<Response<Body>, ApiError> {
+        let kind = Arc::clone(&target.kind);
+        if *method != Method::GET && kind.read_only {
+            return Err(ApiError::method_not_allowed(format!(
+                "{} are written by the federation itself and can only be read",
+                kind.plural
+            )));
+        }
+        match (method, &target.name) {
+            (&Method::GET, None) if query.flag("watch") => {
+                self.watch(headers, &target, &query).await
+            }
+            (&Method::GET, None) => self.list(headers, &target, &query).await,
+            (&Method::GET, Some(name)) => {
+                let object = self
+                    .store
+                    .get(&kind, target.namespace.as_deref(), name, query.freshness()?)
+                    .await?;
+                Ok(self.one(200, headers, &target, &query, &object))
+            }
+            (&Method::POST, None) => {
+                if kind.namespaced && target.namespace.is_none() {
+                    return Err(ApiError::method_not_allowed(format!(
+                        "{} are created in a namespace",
+                        kind.plural
+                    )));
+                }
+                let object = parse_body(headers, body).await?;
+                let writer = writer(headers, &target, &query, "");
+                let (object, warnings) =
+                    write::create(self, &target, &query, object, &writer).await?;
+                Ok(with_warnings(
+                    self.one(201, headers, &target, &query, &object),
+                    &warnings,
+                ))
+            }
+            (&Method::PUT, Some(_)) => {
+                let object = parse_body(headers, body).await?;
+                let writer = writer(headers, &target, &query, "");
+                let change = Change::Replace(object);
+                self.change(headers, &target, &query, change, &writer).await
+            }
+            (&Method::PATCH, Some(_)) => {
+                let media = media_type(headers);
+                let change = match media.as_str() {
+                    "application/merge-patch+json" => {
+                        Change::Merge(parse_body(headers, body).await?)
+                    }
+                    "application/json-patch+json" => Change::Json(parse_body(headers, body).await?),
+                    "application/apply-patch+yaml" | "application/apply-patch+cbor" => {
+                        Change::Apply(parse_body(headers, body).await?)
+                    }
+                    "application/strategic-merge-patch+json" => {
+                        return Err(ApiError::unsupported_media_type(
+                            "strategic merge patch is not supported here; use merge patch (kubectl patch --type=merge), JSON patch or server-side apply",
+                        ));
+                    }
+                    other => {
+                        return Err(ApiError::unsupported_media_type(format!(
+                            "`{other}` is no patch that is supported: application/merge-patch+json, application/json-patch+json, application/apply-patch+yaml"
+                        )));
+                    }
+                };
+                let writer = writer(headers, &target, &query, "");
+                self.change(headers, &target, &query, change, &writer).await
+            }
+            (&Method::DELETE, Some(_)) => {
+                let options = parse_body(headers, body).await.unwrap_or_default();
+                let (object, gone) = write::delete(self, &target, &query, &options).await?;
+                if gone {
+                    let body = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
+                        "details": {"name": target.name, "group": kind.group, "kind": kind.plural,
+                            "uid": object.pointer("/metadata/uid")}});
+                    return Ok(respond(200, &body));
+                }
+                Ok(self.one(200, headers, &target, &query, &object))
+            }
+            (&Method::DELETE, None) => self.delete_all(&target, &query).await,
+            _ => Err(ApiError::method_not_allowed(format!(
+                "{method} is not possible on this path"
+            ))),
+        }
+    }
+
+    async fn change(
+        self: &Arc<Self>,
+        headers: &HeaderMap,
+        target: &Target,
+        query: &Query,
+        change: Change,
+        writer: &Writer,
+    ) -> Result<Response<Body>, ApiError> {
+        let done = write::change(self, target, query, change, writer).await?;
+        let code = if done.created { 201 } else { 200 };
+        Ok(with_warnings(
+            self.one(code, headers, target, query, &done.object),
+            &done.warnings,
+        ))
+    }
+
+    async fn delete_all(
+        self: &Arc<Self>,
+        target: &Target,
+        query: &Query,
+    ) -> Result<Response<Body>, ApiError> {
+        let (labels, fields) = selectors(query)?;
+        let listing = self
+            .store
+            .list(&target.kind, target.namespace.as_deref(), Freshness::Latest)
+            .await?;
+        let mut items = Vec::new();
+        for object in listing.items {
+            if !labels.matches(&object) || !fields.matches(&object) {
+                continue;
+            }
+            let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
+            let one = Target {
+                namespace: text("/metadata/namespace").map(ToOwned::to_owned),
+                name: text("/metadata/name").map(ToOwned::to_owned),
+                ..target.clone()
+            };
+            let (object, _) = write::delete(self, &one, query, &Value::Null).await?;
+            items.push((*object).clone());
+        }
+        Ok(respond(
+            200,
+            &list_object(&target.kind, items, listing.revision),
+        ))
+    }
+
+    /// One object, as itself or as a table.
+    fn one(
+        &self,
+        code: u16,
+        headers: &HeaderMap,
+        target: &Target,
+        query: &Query,
+        object: &Value,
+    ) -> Response<Body> {
+        if !wants_table(headers) {
+            return respond(code, &typed(&target.kind, object));
+        }
+        let object = typed(&target.kind, object);
+        let revision = object
+            .pointer("/metadata/resourceVersion")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned();
+        let body = table::table(
+            &target.kind,
+            std::slice::from_ref(&object),
+            &revision,
+            include(query),
+            true,
+            jiff::Timestamp::now(),
+        );
+        respond(code, &body)
+    }
+
+    async fn list(
+        &self,
+        headers: &HeaderMap,
+        target: &Target,
+        query: &Query,
+    ) -> Result<Response<Body>, ApiError> {
+        let (labels, fields) = selectors(query)?;
+        let Listing { items, revision } = self
+            .store
+            .list(
+                &target.kind,
+                target.namespace.as_deref(),
+                query.freshness()?,
+            )
+            .await?;
+        let items: Vec<Value> = items
+            .iter()
+            .filter(|object| labels.matches(object) && fields.matches(object))
+            .take(LIST_MAX)
+            .map(|object| typed(&target.kind, object))
+            .collect();
+        if wants_table(headers) {
+            let body = table::table(
+                &target.kind,
+                &items,
+                &revision.to_string(),
+                include(query),
+                true,
+                jiff::Timestamp::now(),
+            );
+            return Ok(respond(200, &body));
+        }
+        Ok(respond(200, &list_object(&target.kind, items, revision)))
+    }
+
+    async fn watch(
+        self: &Arc<Self>,
+        headers: &HeaderMap,
+        target: &Target,
+        query: &Query,
+    ) -> Result<Response<Body>, ApiError> {
+        let (labels, fields) = selectors(query)?;
+        let from = query.get("resourceVersion");
+        let send_initial = query.flag("sendInitialEvents");
+        let mut initial = Vec::new();
+        let position;
+        let revision;
+        if send_initial || matches!(from, None | Some("0")) {
+            let freshness = if from.is_none() {
+                Freshness::Latest
+            } else {
+                query.freshness()?
+            };
+            // The position is taken first: what happens between is seen twice, never missed.
+            position = self.store.events().end();
+            let listing = self
+                .store
+                .list(&target.kind, target.namespace.as_deref(), freshness)
+                .await?;
+            revision = listing.revision;
+            initial = listing.items;
+        } else {
+            revision = number(from.unwrap_or_default())?;
+            position = self.store.events().position_after(revision)?;
+        }
+        let time = query
+            .get("timeoutSeconds")
+            .and_then(|text| text.parse().ok())
+            .map_or(WATCH_TIME, Duration::from_secs)
+            .min(WATCH_TIME);
+        let (sender, receiver) = mpsc::channel::<Result<String, std::convert::Infallible>>(64);
+        let watch = Watch {
+            service: Arc::clone(self),
+            target: target.clone(),
+            labels,
+            fields,
+            table: wants_table(headers).then(|| include(query)),
+            bookmarks: query.flag("allowWatchBookmarks"),
+            sender,
+        };
+        tokio::spawn(async move {
+            let work = watch.run(initial, send_initial, revision, position);
+            let _ = tokio::time::timeout(time, work).await;
+        });
+        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let mut response = Response::new(Body::from_stream(stream));
+        response.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        Ok(response)
+    }
+}
+
+struct Watch {
+    service: Arc<Service>,
+    target: Target,
+    labels: LabelSelector,
+    fields: FieldSelector,
+    table: Option<Include>,
+    bookmarks: bool,
+    sender: mpsc::Sender<Result<String, std::convert::Infallible>>,
+}
+
+impl Watch {
+    /// Runs until the client goes, the position is gone or the caller's time limit ends it.
+    async fn run(
+        self,
+        initial: Vec<Arc<Value>>,
+        mark_end: bool,
+        mut revision: u64,
+        mut position: u64,
+    ) {
+        for object in initial {
+            if self.selects(&object) && !self.send("ADDED", &object).await {
+                return;
+            }
+        }
+        if mark_end && !self.bookmark(revision, true).await {
+            return;
+        }
+        let mut newest = self.service.store.events().newest();
+        let mut bookmark = tokio::time::interval(BOOKMARK_INTERVAL);
+        bookmark.tick().await;
+        loop {
+            match self.service.store.events().read(position, 256) {
+                Read::Gone => {
+                    let error = ApiError::gone("the watch fell too far behind: list again");
+                    let line = json!({"type": "ERROR", "object": error.to_status()});
+                    let _ = self.sender.send(Ok(format!("{line}\n"))).await;
+                    return;
+                }
+                Read::Events(events, next) => {
+                    let more = !events.is_empty();
+                    for event in events {
+                        revision = event.revision;
+                        if !self.deliver(&event).await {
+                            return;
+                        }
+                    }
+                    position = next;
+                    if more {
+                        continue;
+                    }
+                }
+            }
+            tokio::select! {
+                changed = newest.changed() => if changed.is_err() { return },
+                _ = bookmark.tick(), if self.bookmarks => {
+                    if !self.bookmark(revision, false).await {
+                        return;
+                    }
+                }
+                () = self.sender.closed() => return,
+            }
+        }
+    }
+
+    fn selects(&self, object: &Value) -> bool {
+        self.labels.matches(object) && self.fields.matches(object)
+    }
+
+    async fn deliver(&self, event: &Event) -> bool {
+        let kind = &self.target.kind;
+        if event.resource.0 != kind.group || event.resource.1 != kind.plural {
+            return true;
+        }
+        let namespace = event
+            .object
+            .pointer("/metadata/namespace")
+            .and_then(Value::as_str);
+        if self.target.namespace.is_some() && self.target.namespace.as_deref() != namespace {
+            return true;
+        }
+        let now = event.kind != EventKind::Deleted && self.selects(&event.object);
+        let before = match (&event.previous, event.kind) {
+            (_, EventKind::Added) => false,
+            (Some(previous), _) => self.selects(previous),
+            (None, _) => self.selects(&event.object),
+        };
+        let word = match (before, now) {
+            (false, false) => return true,
+            (false, true) => "ADDED",
+            (true, true) => "MODIFIED",
+            (true, false) => "DELETED",
+        };
+        self.send(word, &event.object).await
+    }
+
+    async fn send(&self, word: &str, object: &Value) -> bool {
+        let mut object = typed(&self.target.kind, object);
+        if let Some(include) = self.table {
+            let revision = object
+                .pointer("/metadata/resourceVersion")
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned();
+            object = table::table(
+                &self.target.kind,
+                std::slice::from_ref(&object),
+                &revision,
+                include,
+                true,
+                jiff::Timestamp::now(),
+            );
+        }
+        let line = json!({"type": word, "object": object});
+        self.sender.send(Ok(format!("{line}\n"))).await.is_ok()
+    }
+
+    async fn bookmark(&self, revision: u64, end_of_initial: bool) -> bool {
+        let kind = &self.target.kind;
+        let mut object = json!({
+            "kind": kind.kind,
+            "apiVersion": kind.api_version(),
+            "metadata": {"resourceVersion": revision.to_string()},
+        });
+        if end_of_initial {
+            object["metadata"]["annotations"] = json!({"k8s.io/initial-events-end": "true"});
+        }
+        let line = json!({"type": "BOOKMARK", "object": object});
+        self.sender.send(Ok(format!("{line}\n"))).await.is_ok()
+    }
+}
+
+/// An object with the `apiVersion` and `kind` it is asked under.
+fn typed(kind: &Kind, object: &Value) -> Value {
+    let mut object = object.clone();
+    object["apiVersion"] = kind.api_version().into();
+    object["kind"] = kind.kind.clone().into();
+    object
+}
+
+fn list_object(kind: &Kind, items: Vec<Value>, revision: u64) -> Value {
+    json!({
+        "kind": format!("{}List", kind.kind),
+        "apiVersion": kind.api_version(),
+        "metadata": {"resourceVersion": revision.to_string()},
+        "items": items,
+    })
+}
+
+fn selectors(query: &Query) -> Result<(LabelSelector, FieldSelector), ApiError> {
+    Ok((
+        LabelSelector::parse(query.get("labelSelector").unwrap_or_default())?,
+        FieldSelector::parse(query.get("fieldSelector").unwrap_or_default())?,
+    ))
+}
+
+fn wants_table(headers: &HeaderMap) -> bool {
+    let accept = headers
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    accept.contains("as=Table") && accept.contains("v=v1")
+}
+
+fn include(query: &Query) -> Include {
+    match query.get("includeObject") {
+        Some("None") => Include::None,
+        Some("Object") => Include::Object,
+        _ => Include::Metadata,
+    }
+}
+
+fn media_type(headers: &HeaderMap) -> String {
+    headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or("application/json")
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase()
+}
+
+fn writer(headers: &HeaderMap, target: &Target, query: &Query, default: &str) -> Writer {
+    let agent = headers
+        .get(header::USER_AGENT)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|agent| agent.split('/').next())
+        .filter(|agent| !agent.is_empty())
+        .unwrap_or("unknown");
+    let manager =
+        query
+            .get("fieldManager")
+            .unwrap_or(if default.is_empty() { agent } else { default });
+    Writer {
+        manager: manager.chars().take(128).collect(),
+        subresource: target.subresource.clone(),
+        api_version: target.kind.api_version(),
+        time: table::whole_seconds(jiff::Timestamp::now()),
+    }
+}
+
+fn with_warnings(mut response: Response<Body>, warnings: &[Cause]) -> Response<Body> {
+    for warning in warnings {
+        let text = format!("299 - \"{}\"", warning.message.replace('"', "\\\""));
+        if let Ok(value) = HeaderValue::from_str(&text) {
+            response.headers_mut().append(header::WARNING, value);
+        }
+    }
+    response
+}
+
+/// Reads a body of JSON or YAML within its limit.
+pub(crate) async fn parse_body(headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
+    let media = media_type(headers);
+    if media.contains("protobuf") || media.contains("cbor") {
+        return Err(ApiError::unsupported_media_type(format!(
+            "`{media}` is not supported: send JSON or YAML"
+        )));
+    }
+    let bytes = axum::body::to_bytes(body, BODY_BYTES_MAX)
+        .await
+        .map_err(|_| {
+            ApiError::too_large(format!(
+                "the request has more than {BODY_BYTES_MAX} bytes; split it"
+            ))
+        })?;
+    parse(&bytes)
+}
+
+/// Reads one JSON or YAML document; depth and aliases are bounded.
+///
+/// # Errors
+/// 400 with the place.
+pub fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
+    let text = std::str::from_utf8(bytes)
+        .map_err(|error| ApiError::bad_request(format!("the body is not UTF-8: {error}")))?;
+    if text.trim_start().starts_with(['{', '[']) {
+        return serde_json::from_str(text)
+            .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")));
+    }
+    serde_saphyr::from_str(text)
+        .map_err(|error| ApiError::bad_request(format!("the body is not YAML: {error}")))
+}

@@ -1,0 +1,650 @@
+//! Creating, changing and deleting objects: metadata, validation, ownership, finalizers.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{ApiError, Cause};
+use crate::kinds::Kind;
+use crate::managed::{self, Writer};
+use crate::schema;
+use crate::service::{FieldValidation, Query, Service, Target};
+use crate::store::{Freshness, revision_of};
+use crate::table;
+
+/// A change that meets a newer object is computed anew this often.
+const RETRIES: usize = 8;
+/// Operations of one JSON patch.
+const JSON_PATCH_MAX: usize = 10_000;
+
+/// How an object is to change.
+pub(crate) enum Change {
+    Replace(Value),
+    Merge(Value),
+    Json(Value),
+    Apply(Value),
+}
+
+/// A change that was made.
+pub(crate) struct Done {
+    pub(crate) object: Arc<Value>,
+    pub(crate) created: bool,
+    pub(crate) warnings: Vec<Cause>,
+}
+
+fn metadata(object: &mut Value) -> &mut Map<String, Value> {
+    if !object.get("metadata").is_some_and(Value::is_object) {
+        object["metadata"] = json!({});
+    }
+    match &mut object["metadata"] {
+        Value::Object(map) => map,
+        _ => unreachable!("just set to an object"),
+    }
+}
+
+fn text<'a>(object: &'a Value, pointer: &str) -> Option<&'a str> {
+    object.pointer(pointer).and_then(Value::as_str)
+}
+
+fn now() -> String {
+    table::whole_seconds(jiff::Timestamp::now())
+}
+
+pub(crate) async fn create(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    mut object: Value,
+    writer: &Writer,
+) -> Result<(Arc<Value>, Vec<Cause>), ApiError> {
+    check_type(&target.kind, &object)?;
+    let generated = text(&object, "/metadata/generateName").map(ToOwned::to_owned);
+    if text(&object, "/metadata/name").is_none()
+        && let Some(prefix) = generated
+    {
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        metadata(&mut object).insert("name".to_owned(), format!("{prefix}{}", &id[..5]).into());
+    }
+    let (object, warnings) = prepare_new(service, target, query, object).await?;
+    let mut object = object;
+    managed::record_update(None, &mut object, writer);
+    if query.dry_run()? {
+        return Ok((Arc::new(object), warnings));
+    }
+    Ok((service.store.create(&target.kind, object).await?, warnings))
+}
+
+async fn prepare_new(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    mut object: Value,
+) -> Result<(Value, Vec<Cause>), ApiError> {
+    let kind = &target.kind;
+    let warnings = check_fields(service, query, kind, &mut object)?;
+    name_in_place(target, &mut object)?;
+    if text(&object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty()) {
+        return Err(ApiError::bad_request(
+            "resourceVersion should not be set on objects to be created",
+        ));
+    }
+    if kind.status
+        && let Some(map) = object.as_object_mut()
+    {
+        map.remove("status");
+    }
+    let map = metadata(&mut object);
+    for field in [
+        "managedFields",
+        "deletionTimestamp",
+        "selfLink",
+        "resourceVersion",
+    ] {
+        map.remove(field);
+    }
+    map.insert("uid".to_owned(), uuid::Uuid::new_v4().to_string().into());
+    map.insert("creationTimestamp".to_owned(), now().into());
+    map.insert("generation".to_owned(), 1.into());
+    validate(kind, &object)?;
+    service
+        .admission
+        .admit(kind, None, &mut object, "", query.dry_run()?)
+        .await?;
+    Ok((object, warnings))
+}
+
+fn check_type(kind: &Kind, object: &Value) -> Result<(), ApiError> {
+    if !object.is_object() {
+        return Err(ApiError::bad_request("the body is not an object"));
+    }
+    for (field, wanted) in [
+        ("apiVersion", kind.api_version()),
+        ("kind", kind.kind.clone()),
+    ] {
+        let found = object.get(field).and_then(Value::as_str);
+        if found.is_some_and(|found| found != wanted) {
+            return Err(ApiError::bad_request(format!(
+                "the body has {field} `{}`, the path is for `{wanted}`",
+                found.unwrap_or_default()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Puts name and namespace of the path into the object, which must not say otherwise.
+fn name_in_place(target: &Target, object: &mut Value) -> Result<(), ApiError> {
+    let kind = &target.kind;
+    object["apiVersion"] = kind.api_version().into();
+    object["kind"] = kind.kind.clone().into();
+    let map = metadata(object);
+    if let Some(namespace) = &target.namespace {
+        let given = map.get("namespace").and_then(Value::as_str);
+        if given.is_some_and(|given| given != namespace) {
+            return Err(ApiError::bad_request(format!(
+                "the namespace of the provided object does not match the namespace sent on the request ({} and {namespace})",
+                given.unwrap_or_default()
+            )));
+        }
+        map.insert("namespace".to_owned(), namespace.clone().into());
+    } else {
+        map.remove("namespace");
+    }
+    let given = map
+        .get("name")
+        .and_then(Value::as_str)
+        .map(ToOwned::to_owned);
+    match (&target.name, given) {
+        (Some(name), Some(given)) if *name != given => Err(ApiError::bad_request(format!(
+            "the name of the object ({given}) does not match the name on the URL ({name})"
+        ))),
+        (Some(name), _) => {
+            map.insert("name".to_owned(), name.clone().into());
+            Ok(())
+        }
+        (None, Some(_)) => Ok(()),
+        (None, None) => Err(ApiError::invalid(
+            &kind.group,
+            &kind.kind,
+            "",
+            vec![Cause {
+                field: "metadata.name".to_owned(),
+                message: "Required value: name or generateName is required".to_owned(),
+            }],
+        )),
+    }
+}
+
+fn check_fields(
+    service: &Service,
+    query: &Query,
+    kind: &Kind,
+    object: &mut Value,
+) -> Result<Vec<Cause>, ApiError> {
+    let mode = match query.get("fieldValidation") {
+        None => service.field_validation,
+        Some("Ignore") => FieldValidation::Ignore,
+        Some("Warn") => FieldValidation::Warn,
+        Some("Strict") => FieldValidation::Strict,
+        Some(other) => {
+            return Err(ApiError::bad_request(format!(
+                "fieldValidation={other} is not Ignore, Warn or Strict"
+            )));
+        }
+    };
+    let Some(wanted) = &kind.schema else {
+        return Ok(Vec::new());
+    };
+    let unknown = schema::prune_unknown(wanted, object);
+    schema::fill_defaults(wanted, object);
+    match mode {
+        FieldValidation::Ignore => Ok(Vec::new()),
+        FieldValidation::Warn => Ok(unknown),
+        FieldValidation::Strict if unknown.is_empty() => Ok(unknown),
+        FieldValidation::Strict => {
+            let list: Vec<&str> = unknown.iter().map(|c| c.message.as_str()).collect();
+            let mut error = ApiError::bad_request(format!(
+                "{} in version \"{}\" cannot be handled as a {}: strict decoding error: {}",
+                kind.kind,
+                kind.version,
+                kind.kind,
+                list.join(", ")
+            ));
+            error.causes.clone_from(&unknown);
+            Err(error)
+        }
+    }
+}
+
+fn validate(kind: &Kind, object: &Value) -> Result<(), ApiError> {
+    let mut causes = check_metadata(object);
+    if let Some(wanted) = &kind.schema {
+        causes.extend(schema::check(wanted, object));
+    }
+    if causes.is_empty() {
+        return Ok(());
+    }
+    let name = text(object, "/metadata/name").unwrap_or_default();
+    Err(ApiError::invalid(&kind.group, &kind.kind, name, causes))
+}
+
+fn check_metadata(object: &Value) -> Vec<Cause> {
+    let mut causes = Vec::new();
+    let mut wrong = |field: &str, message: &str| {
+        causes.push(Cause {
+            field: field.to_owned(),
+            message: message.to_owned(),
+        });
+    };
+    let name = text(object, "/metadata/name").unwrap_or_default();
+    // Path segments, as RBAC objects and others use them; kinds with stricter rules check more.
+    if name.is_empty()
+        || name.len() > 253
+        || name == "."
+        || name == ".."
+        || name.contains(['/', '%'])
+    {
+        wrong(
+            "metadata.name",
+            "must have 1 to 253 characters and neither `/` nor `%`",
+        );
+    }
+    for field in ["labels", "annotations"] {
+        if let Some(map) = object.pointer(&format!("/metadata/{field}")) {
+            let good = map
+                .as_object()
+                .is_some_and(|map| map.values().all(Value::is_string));
+            if !good && !map.is_null() {
+                wrong(&format!("metadata.{field}"), "must be a map of texts");
+            }
+        }
+    }
+    if let Some(list) = object.pointer("/metadata/finalizers")
+        && !list
+            .as_array()
+            .is_some_and(|l| l.iter().all(Value::is_string))
+    {
+        wrong("metadata.finalizers", "must be a list of texts");
+    }
+    causes
+}
+
+pub(crate) async fn change(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    change: Change,
+    writer: &Writer,
+) -> Result<Done, ApiError> {
+    let name = target.name.as_deref().unwrap_or_default();
+    for attempt in 0.. {
+        let found = service
+            .store
+            .get(
+                &target.kind,
+                target.namespace.as_deref(),
+                name,
+                Freshness::Latest,
+            )
+            .await;
+        let result = match found {
+            Ok(old) => update(service, target, query, &change, writer, &old).await,
+            Err(error) if error.code == 404 => {
+                if let Change::Apply(object) = &change
+                    && target.subresource.is_empty()
+                {
+                    apply_new(service, target, query, object, writer).await
+                } else {
+                    return Err(error);
+                }
+            }
+            Err(error) => return Err(error),
+        };
+        let pinned = match &change {
+            Change::Replace(object) | Change::Merge(object) | Change::Apply(object) => {
+                text(object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty())
+            }
+            Change::Json(_) => false,
+        };
+        match result {
+            Err(error)
+                if matches!(error.reason, "Conflict" | "AlreadyExists")
+                    && error.causes.is_empty()
+                    && !pinned
+                    && attempt < RETRIES => {}
+            other => return other,
+        }
+    }
+    unreachable!("the loop returns")
+}
+
+async fn apply_new(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    object: &Value,
+    writer: &Writer,
+) -> Result<Done, ApiError> {
+    check_type(&target.kind, object)?;
+    require_manager(query)?;
+    let (mut prepared, warnings) = prepare_new(service, target, query, object.clone()).await?;
+    // Only what the client sent is its own, not what was added on the way.
+    let mut sent = object.clone();
+    if let Some(schema) = &target.kind.schema {
+        schema::prune_unknown(schema, &mut sent);
+    }
+    if target.kind.status
+        && let Some(map) = sent.as_object_mut()
+    {
+        map.remove("status");
+    }
+    let mut owned = managed::apply(None, &sent, writer, true)?;
+    if let Some(fields) = metadata(&mut owned).remove("managedFields") {
+        metadata(&mut prepared).insert("managedFields".to_owned(), fields);
+    }
+    let object = prepared;
+    if query.dry_run()? {
+        return Ok(Done {
+            object: Arc::new(object),
+            created: true,
+            warnings,
+        });
+    }
+    Ok(Done {
+        object: service.store.create(&target.kind, object).await?,
+        created: true,
+        warnings,
+    })
+}
+
+fn require_manager(query: &Query) -> Result<(), ApiError> {
+    if query.get("fieldManager").is_none() {
+        return Err(ApiError::bad_request(
+            "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch",
+        ));
+    }
+    Ok(())
+}
+
+/// What names an object and what the server counts stays as it was.
+fn restore_identity(mut object: Value, old: &Value) -> Value {
+    let map = metadata(&mut object);
+    for field in [
+        "uid",
+        "creationTimestamp",
+        "generation",
+        "resourceVersion",
+        "deletionTimestamp",
+        "deletionGracePeriodSeconds",
+        "name",
+        "namespace",
+    ] {
+        match old.pointer(&format!("/metadata/{field}")) {
+            Some(value) => map.insert(field.to_owned(), value.clone()),
+            None => map.remove(field),
+        };
+    }
+    object
+}
+
+fn patched(
+    change: &Change,
+    old: &Value,
+    writer: &Writer,
+    query: &Query,
+) -> Result<Value, ApiError> {
+    match change {
+        Change::Replace(object) => Ok(object.clone()),
+        Change::Merge(patch) => {
+            if !patch.is_object() {
+                return Err(ApiError::bad_request("a merge patch is an object"));
+            }
+            let mut object = old.clone();
+            json_patch::merge(&mut object, patch);
+            Ok(object)
+        }
+        Change::Json(patch) => {
+            let patch: json_patch::Patch = serde_json::from_value(patch.clone())
+                .map_err(|error| ApiError::bad_request(format!("not a JSON patch: {error}")))?;
+            if patch.0.len() > JSON_PATCH_MAX {
+                return Err(ApiError::too_large(format!(
+                    "a JSON patch has at most {JSON_PATCH_MAX} operations"
+                )));
+            }
+            let mut object = old.clone();
+            json_patch::patch(&mut object, &patch).map_err(|error| {
+                ApiError::new(
+                    422,
+                    "Invalid",
+                    format!("the JSON patch cannot be applied: {error}"),
+                )
+            })?;
+            Ok(object)
+        }
+        Change::Apply(object) => {
+            require_manager(query)?;
+            managed::apply(Some(old), object, writer, query.flag("force"))
+        }
+    }
+}
+
+async fn update(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    change: &Change,
+    writer: &Writer,
+    old: &Arc<Value>,
+) -> Result<Done, ApiError> {
+    let kind = &target.kind;
+    let mut change_warnings = Vec::new();
+    let cleaned;
+    let change = match change {
+        Change::Replace(object) | Change::Apply(object) => {
+            check_type(kind, object)?;
+            let mut object = object.clone();
+            change_warnings = check_fields(service, query, kind, &mut object)?;
+            name_in_place(target, &mut object)?;
+            cleaned = if matches!(change, Change::Replace(_)) {
+                Change::Replace(object)
+            } else {
+                Change::Apply(object)
+            };
+            &cleaned
+        }
+        other => other,
+    };
+    let mut object = patched(change, old, writer, query)?;
+    if !object.is_object() {
+        return Err(ApiError::bad_request("the result is not an object"));
+    }
+    check_type(kind, &object)?;
+    if matches!(change, Change::Merge(_) | Change::Json(_)) {
+        change_warnings = check_fields(service, query, kind, &mut object)?;
+    }
+    name_in_place(target, &mut object)?;
+    let expected = revision_of(old);
+    let given = text(&object, "/metadata/resourceVersion").unwrap_or_default();
+    if !given.is_empty() && given != expected.to_string() {
+        return Err(crate::store::modified(
+            kind,
+            target.name.as_deref().unwrap_or_default(),
+        ));
+    }
+    if let Some(uid) = text(&object, "/metadata/uid").filter(|uid| !uid.is_empty())
+        && Some(uid) != text(old, "/metadata/uid")
+    {
+        return Err(ApiError::conflict(format!(
+            "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+            text(old, "/metadata/uid").unwrap_or_default()
+        )));
+    }
+    object = restore_identity(object, old);
+    separate_status(kind, &target.subresource, old, &mut object);
+    if !matches!(change, Change::Apply(_)) {
+        let entries = old.pointer("/metadata/managedFields").cloned();
+        match entries {
+            Some(entries) => metadata(&mut object).insert("managedFields".to_owned(), entries),
+            None => metadata(&mut object).remove("managedFields"),
+        };
+    }
+    validate(kind, &object)?;
+    service
+        .admission
+        .admit(
+            kind,
+            Some(old),
+            &mut object,
+            &target.subresource,
+            query.dry_run()?,
+        )
+        .await?;
+    if content(&object) != content(old) {
+        let generation = old
+            .pointer("/metadata/generation")
+            .and_then(Value::as_i64)
+            .unwrap_or(1);
+        metadata(&mut object).insert("generation".to_owned(), (generation + 1).into());
+    }
+    if !matches!(change, Change::Apply(_)) {
+        managed::record_update(Some(old), &mut object, writer);
+    }
+    finish(service, target, query, old, object, change_warnings).await
+}
+
+async fn finish(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    old: &Arc<Value>,
+    object: Value,
+    warnings: Vec<Cause>,
+) -> Result<Done, ApiError> {
+    let done = |object: Arc<Value>| Done {
+        object,
+        created: false,
+        warnings: warnings.clone(),
+    };
+    if object == **old {
+        return Ok(done(Arc::clone(old)));
+    }
+    if query.dry_run()? {
+        return Ok(done(Arc::new(object)));
+    }
+    let expected = revision_of(old);
+    let deleting = text(&object, "/metadata/deletionTimestamp").is_some();
+    let finalizers = object
+        .pointer("/metadata/finalizers")
+        .and_then(Value::as_array)
+        .map_or(0, Vec::len);
+    if deleting && finalizers == 0 {
+        let name = target.name.as_deref().unwrap_or_default();
+        service
+            .store
+            .remove(&target.kind, target.namespace.as_deref(), name, expected)
+            .await?;
+        return Ok(done(Arc::new(object)));
+    }
+    Ok(done(
+        service.store.update(&target.kind, object, expected).await?,
+    ))
+}
+
+/// A write to the object leaves its status alone, and a write to the status everything else.
+fn separate_status(kind: &Kind, subresource: &str, old: &Value, object: &mut Value) {
+    if subresource == "status" {
+        let status = object.get("status").cloned();
+        let entries = object.pointer("/metadata/managedFields").cloned();
+        *object = old.clone();
+        if let Some(entries) = entries {
+            metadata(object).insert("managedFields".to_owned(), entries);
+        }
+        set_or_remove(object, "status", status);
+    } else if kind.status {
+        set_or_remove(object, "status", old.get("status").cloned());
+    }
+}
+
+fn set_or_remove(object: &mut Value, key: &str, value: Option<Value>) {
+    if let Some(map) = object.as_object_mut() {
+        match value {
+            Some(value) => map.insert(key.to_owned(), value),
+            None => map.remove(key),
+        };
+    }
+}
+
+/// What makes a new generation: everything but metadata and status.
+fn content(object: &Value) -> Value {
+    let mut content = object.clone();
+    if let Some(map) = content.as_object_mut() {
+        map.remove("metadata");
+        map.remove("status");
+    }
+    content
+}
+
+/// Deletes: at once, or when the finalizers are gone. Returns the object and whether it is gone.
+pub(crate) async fn delete(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    options: &Value,
+) -> Result<(Arc<Value>, bool), ApiError> {
+    let name = target.name.as_deref().unwrap_or_default();
+    let kind = &target.kind;
+    let namespace = target.namespace.as_deref();
+    for _ in 0..RETRIES {
+        let old = service
+            .store
+            .get(kind, namespace, name, Freshness::Latest)
+            .await?;
+        let wanted = |field: &str| text(options, &format!("/preconditions/{field}"));
+        for field in ["uid", "resourceVersion"] {
+            let found = text(&old, &format!("/metadata/{field}"));
+            if wanted(field).is_some_and(|wanted| Some(wanted) != found) {
+                return Err(ApiError::conflict(format!(
+                    "Precondition failed: {field} is {}",
+                    found.unwrap_or_default()
+                )));
+            }
+        }
+        service.admission.admit_delete(kind, &old).await?;
+        let dry_run = query.dry_run()?
+            || options
+                .get("dryRun")
+                .and_then(Value::as_array)
+                .is_some_and(|l| !l.is_empty());
+        let finalizers = old
+            .pointer("/metadata/finalizers")
+            .and_then(Value::as_array)
+            .map_or(0, Vec::len);
+        let result = if finalizers == 0 {
+            if dry_run {
+                return Ok((old, true));
+            }
+            service
+                .store
+                .remove(kind, namespace, name, revision_of(&old))
+                .await
+                .map(|()| (old, true))
+        } else if text(&old, "/metadata/deletionTimestamp").is_some() || dry_run {
+            return Ok((old, false));
+        } else {
+            let mut object = (*old).clone();
+            let map = metadata(&mut object);
+            map.insert("deletionTimestamp".to_owned(), now().into());
+            map.insert("deletionGracePeriodSeconds".to_owned(), 0.into());
+            service
+                .store
+                .update(kind, object, revision_of(&old))
+                .await
+                .map(|object| (object, false))
+        };
+        match result {
+            Err(error) if error.reason == "Conflict" => {}
+            other => return other,
+        }
+    }
+    Err(crate::store::modified(kind, name))
+}

@@ -1,0 +1,327 @@
+//! Stock kubectl against the machinery over the memory store.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
+
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use axum::extract::Request;
+use krake_kube_api::{AdmitAll, Column, FieldValidation, Kind, MemoryStore, Registry, Service};
+use serde_json::{Value, json};
+
+fn kind() -> Kind {
+    Kind {
+        group: "example.org".to_owned(),
+        version: "v1".to_owned(),
+        kind: "Widget".to_owned(),
+        plural: "widgets".to_owned(),
+        singular: "widget".to_owned(),
+        short_names: vec!["wi".to_owned()],
+        categories: vec![],
+        namespaced: true,
+        status: true,
+        read_only: false,
+        schema: Some(
+            json!({"type": "object", "description": "A widget.", "properties": {
+                "spec": {"type": "object", "required": ["size"], "description": "What is wanted.", "properties": {
+                    "size": {"type": "integer", "minimum": 1, "description": "How large."},
+                    "tags": {"type": "array", "items": {"type": "string"}}
+                }},
+                "status": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}
+            }}),
+        ),
+        columns: vec![
+            Column::new("Size", ".spec.size", "How large."),
+            Column::new("Tags", ".spec.tags", "Tags.").wide(),
+            Column::new("Age", ".metadata.creationTimestamp", "Age.").date(),
+        ],
+    }
+}
+
+struct Api {
+    dir: tempfile::TempDir,
+    url: String,
+}
+
+impl Api {
+    async fn start() -> Self {
+        let service = Arc::new(Service {
+            registry: Arc::new(Registry::new(vec![kind()])),
+            store: Arc::new(MemoryStore::default()),
+            admission: Arc::new(AdmitAll),
+            version: json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0"}),
+            field_validation: FieldValidation::Strict,
+        });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let app = axum::Router::new().fallback(move |request: Request| {
+            let service = Arc::clone(&service);
+            async move { service.handle(request).await }
+        });
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            url,
+        }
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("kubectl");
+        command
+            .arg(format!("--server={}", self.url))
+            .arg(format!("--cache-dir={}", self.dir.path().display()))
+            .args(args)
+            .env("KUBECONFIG", self.dir.path().join("none"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    async fn run(&self, args: &[&str]) -> (bool, String, String) {
+        let mut command = self.command(args);
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap())
+            .await
+            .unwrap();
+        (
+            output.status.success(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    }
+
+    async fn ok(&self, args: &[&str]) -> String {
+        let (success, out, error) = self.run(args).await;
+        assert!(success, "kubectl {args:?}: {out}{error}");
+        out
+    }
+
+    async fn refused(&self, args: &[&str]) -> String {
+        let (success, out, error) = self.run(args).await;
+        assert!(!success, "kubectl {args:?}: {out}{error}");
+        error
+    }
+
+    fn file(&self, name: &str, object: &Value) -> String {
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, object.to_string()).unwrap();
+        path.display().to_string()
+    }
+}
+
+fn widget(name: &str, size: i64) -> Value {
+    json!({"apiVersion": "example.org/v1", "kind": "Widget",
+        "metadata": {"name": name, "labels": {"app": name}}, "spec": {"size": size, "tags": ["a", "b"]}})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kubectl_does_its_everyday_work() {
+    let api = Api::start().await;
+    let one = api.file("one.json", &widget("one", 1));
+    assert!(api.ok(&["apply", "-f", &one]).await.contains("created"));
+    assert!(api.ok(&["apply", "-f", &one]).await.contains("unchanged"));
+    let bigger = api.file("bigger.json", &widget("one", 2));
+    assert!(
+        !api.run(&["diff", "-f", &bigger]).await.0,
+        "diff shows a difference"
+    );
+    assert!(
+        api.ok(&["apply", "-f", &bigger])
+            .await
+            .contains("configured")
+    );
+    let two = api.file("two.json", &widget("two", 7));
+    api.ok(&["apply", "--server-side", "-f", &two]).await;
+    api.ok(&["apply", "--server-side", "--dry-run=server", "-f", &bigger])
+        .await;
+
+    let table = api.ok(&["get", "widgets"]).await;
+    assert!(table.starts_with("NAME   SIZE   AGE"), "{table}");
+    assert!(api.ok(&["get", "wi", "-o", "wide"]).await.contains("a,b"));
+    assert_eq!(
+        api.ok(&["get", "wi", "-l", "app=two", "-o", "name"]).await,
+        "widget.example.org/two\n"
+    );
+    assert_eq!(
+        api.ok(&["get", "wi", "one", "-o", "jsonpath={.spec.size}"])
+            .await,
+        "2"
+    );
+    assert!(
+        api.ok(&["get", "wi", "one", "-o", "yaml"])
+            .await
+            .contains("generation: 2")
+    );
+
+    api.ok(&["label", "wi", "one", "tier=gold"]).await;
+    api.ok(&["annotate", "wi", "one", "note=x"]).await;
+    api.ok(&[
+        "patch",
+        "wi",
+        "one",
+        "--type=merge",
+        "-p",
+        r#"{"spec":{"size":3}}"#,
+    ])
+    .await;
+    api.ok(&[
+        "patch",
+        "wi",
+        "one",
+        "--type=json",
+        "-p",
+        r#"[{"op":"replace","path":"/spec/size","value":4}]"#,
+    ])
+    .await;
+    assert_eq!(
+        api.ok(&[
+            "get",
+            "wi",
+            "-l",
+            "tier=gold",
+            "-o",
+            "jsonpath={.items[0].spec.size}"
+        ])
+        .await,
+        "4"
+    );
+    api.ok(&[
+        "patch",
+        "wi",
+        "one",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        r#"{"status":{"conditions":[{"type":"Ready","status":"True"}]}}"#,
+    ])
+    .await;
+    api.ok(&["wait", "wi/one", "--for=condition=Ready", "--timeout=10s"])
+        .await;
+    assert!(api.ok(&["api-resources"]).await.contains("widgets"));
+    assert!(
+        api.ok(&["explain", "widgets.spec.size"])
+            .await
+            .contains("How large.")
+    );
+    assert!(
+        api.ok(&["delete", "wi", "one", "two"])
+            .await
+            .contains("deleted")
+    );
+    assert!(
+        api.refused(&["get", "wi", "one"])
+            .await
+            .contains("NotFound")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_input_is_refused_clearly_and_changes_nothing() {
+    let api = Api::start().await;
+    let mut unknown = widget("one", 1);
+    unknown["spec"]["sise"] = json!(3);
+    let error = api
+        .refused(&["apply", "-f", &api.file("unknown.json", &unknown)])
+        .await;
+    assert!(
+        error.contains("unknown field \"spec.sise\"; did you mean `size`?"),
+        "{error}"
+    );
+    let error = api
+        .refused(&["apply", "-f", &api.file("small.json", &widget("one", 0))])
+        .await;
+    assert!(error.contains("spec.size: must be at least 1"), "{error}");
+    assert!(api.ok(&["get", "wi", "-o", "name"]).await.is_empty());
+
+    api.ok(&[
+        "apply",
+        "--server-side",
+        "--field-manager=a",
+        "-f",
+        &api.file("a.json", &widget("one", 1)),
+    ])
+    .await;
+    let error = api
+        .refused(&[
+            "apply",
+            "--server-side",
+            "--field-manager=b",
+            "-f",
+            &api.file("b.json", &widget("one", 2)),
+        ])
+        .await;
+    assert!(error.contains("conflict with \"a\": .spec.size"), "{error}");
+    api.ok(&[
+        "apply",
+        "--server-side",
+        "--force-conflicts",
+        "--field-manager=b",
+        "-f",
+        &api.file("b.json", &widget("one", 2)),
+    ])
+    .await;
+    let error = api
+        .refused(&["patch", "wi", "one", "--type=strategic", "-p", "{}"])
+        .await;
+    assert!(error.contains("strategic"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_shows_each_change_and_finalizers_hold_an_object() {
+    let api = Api::start().await;
+    let mut held = widget("held", 1);
+    held["metadata"]["finalizers"] = json!(["example.org/hold"]);
+    api.ok(&["create", "-f", &api.file("held.json", &held)])
+        .await;
+    let mut watch = api
+        .command(&[
+            "get",
+            "wi",
+            "-w",
+            "-o",
+            "jsonpath={.metadata.name}:{.spec.size}{\"\\n\"}",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = watch.stdout.take().unwrap();
+    let (sender, mut seen) = tokio::sync::mpsc::channel(100);
+    std::thread::spawn(move || {
+        use std::io::BufRead;
+        for line in std::io::BufReader::new(lines).lines().map_while(Result::ok) {
+            let _ = sender.blocking_send(line);
+        }
+    });
+    assert_eq!(seen.recv().await.unwrap(), "held:1");
+    api.ok(&[
+        "patch",
+        "wi",
+        "held",
+        "--type=merge",
+        "-p",
+        r#"{"spec":{"size":2}}"#,
+    ])
+    .await;
+    assert_eq!(seen.recv().await.unwrap(), "held:2");
+    api.ok(&["delete", "wi", "held", "--wait=false"]).await;
+    assert!(
+        !api.ok(&[
+            "get",
+            "wi",
+            "held",
+            "-o",
+            "jsonpath={.metadata.deletionTimestamp}"
+        ])
+        .await
+        .is_empty()
+    );
+    api.ok(&[
+        "patch",
+        "wi",
+        "held",
+        "--type=merge",
+        "-p",
+        r#"{"metadata":{"finalizers":null}}"#,
+    ])
+    .await;
+    api.refused(&["get", "wi", "held"]).await;
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+}

@@ -21,36 +21,99 @@ const ENV_PREFIX: &str = "KRAKE_";
 /// Every key, with what it is for: the source of flags, of `krake-node config keys` and of
 /// suggestions for mistyped keys.
 pub const KEYS: &[(&str, &str)] = &[
-    ("site.name", "The site's name, unique in the federation (a DNS-1123 label)"),
+    (
+        "site.name",
+        "The site's name, unique in the federation (a DNS-1123 label)",
+    ),
     ("site.operator", "The organisation that runs the site"),
-    ("site.labels", "Labels that constraints see, as a TOML table"),
+    (
+        "site.labels",
+        "Labels that constraints see, as a TOML table",
+    ),
     ("site.location.place", "City, for people"),
     ("site.location.country", "ISO 3166-1 alpha-2"),
-    ("site.location.grid_zone", "Electricity grid zone, such as SE-SE3"),
+    (
+        "site.location.grid_zone",
+        "Electricity grid zone, such as SE-SE3",
+    ),
     ("site.location.latitude", "Degrees north"),
     ("site.location.longitude", "Degrees east"),
-    ("node.data_dir", "Where the node keeps its key, its catalog and its assignments"),
+    (
+        "node.data_dir",
+        "Where the node keeps its key, its catalog and its assignments",
+    ),
     ("node.log", "Log filter, such as info,krake_node=debug"),
     ("node.log_format", "text or json"),
-    ("api.listen", "Loopback addresses of the API, as an array of IP:PORT"),
-    ("api.socket", "Path of the API's Unix socket (default: DATA_DIR/api.sock)"),
-    ("peers.listen", "IP:PORT for other nodes, QUIC (udp) and TCP on the same number"),
-    ("peers.advertise", "IP:PORT at which other nodes reach this one (default: peers.listen)"),
-    ("backends", "Array of {name, kubeconfig, context, namespace_template, cluster_scoped_kinds, denied_kinds}"),
-    ("metrics", "Raw values of the site's metrics, as a table: carbon, price, pue, erf, load, …"),
+    (
+        "api.listen",
+        "Loopback addresses of the API, as an array of IP:PORT",
+    ),
+    (
+        "api.socket",
+        "Path of the API's Unix socket (default: DATA_DIR/api.sock)",
+    ),
+    (
+        "peers.listen",
+        "IP:PORT for other nodes, QUIC (udp) and TCP on the same number",
+    ),
+    (
+        "peers.advertise",
+        "IP:PORT at which other nodes reach this one (default: peers.listen)",
+    ),
+    (
+        "backends",
+        "Array of {name, kubeconfig, context, namespace_template, cluster_scoped_kinds, denied_kinds}",
+    ),
+    (
+        "metrics",
+        "Raw values of the site's metrics, as a table: carbon, price, pue, erf, load, …",
+    ),
     ("capacity.cpu", "Offer at most this much CPU (a quantity)"),
-    ("capacity.memory", "Offer at most this much memory (a quantity)"),
+    (
+        "capacity.memory",
+        "Offer at most this much memory (a quantity)",
+    ),
     ("capacity.pods", "Offer at most this many pods"),
-    ("federation.name", "Name of a new federation (krake-node init)"),
-    ("federation.shards", "Shards of a new federation's catalog, for ever (krake-node init)"),
-    ("defaults.detect_after", "Silence after which a site counts as lost"),
-    ("defaults.ready_timeout", "Time a new copy may take to become ready"),
-    ("defaults.reschedule_interval", "Time between two looks at all sites for an app"),
-    ("defaults.hold_for", "How long another site must have been better before an app moves"),
-    ("defaults.max_metric_age", "Reports older than this are not used"),
-    ("limits.report_interval", "Time between two reports of this site"),
-    ("limits.reservation_ttl", "How long a reservation holds capacity"),
-    ("testnet.fault_injection", "Accept faults through the Unix socket: for krake-testnet only"),
+    (
+        "federation.name",
+        "Name of a new federation (krake-node init)",
+    ),
+    (
+        "federation.shards",
+        "Shards of a new federation's catalog, for ever (krake-node init)",
+    ),
+    (
+        "defaults.detect_after",
+        "Silence after which a site counts as lost",
+    ),
+    (
+        "defaults.ready_timeout",
+        "Time a new copy may take to become ready",
+    ),
+    (
+        "defaults.reschedule_interval",
+        "Time between two looks at all sites for an app",
+    ),
+    (
+        "defaults.hold_for",
+        "How long another site must have been better before an app moves",
+    ),
+    (
+        "defaults.max_metric_age",
+        "Reports older than this are not used",
+    ),
+    (
+        "limits.report_interval",
+        "Time between two reports of this site",
+    ),
+    (
+        "limits.reservation_ttl",
+        "How long a reservation holds capacity",
+    ),
+    (
+        "testnet.fault_injection",
+        "Accept faults through the Unix socket: for krake-testnet only",
+    ),
 ];
 
 /// A configuration cannot be used.
@@ -198,7 +261,10 @@ pub struct ApiConfig {
 
 impl Default for ApiConfig {
     fn default() -> Self {
-        Self { listen: vec!["127.0.0.1:7443".to_owned()], socket: None }
+        Self {
+            listen: vec!["127.0.0.1:7443".to_owned()],
+            socket: None,
+        }
     }
 }
 
@@ -214,7 +280,10 @@ pub struct PeersConfig {
 
 impl Default for PeersConfig {
     fn default() -> Self {
-        Self { listen: vec!["0.0.0.0:7444".to_owned()], advertise: Vec::new() }
+        Self {
+            listen: vec!["0.0.0.0:7444".to_owned()],
+            advertise: Vec::new(),
+        }
     }
 }
 
@@ -274,7 +343,10 @@ pub struct FederationConfig {
 
 impl Default for FederationConfig {
     fn default() -> Self {
-        Self { name: "krake".to_owned(), shards: 16 }
+        Self {
+            name: "krake".to_owned(),
+            shards: 16,
+        }
     }
 }
 
@@ -343,7 +415,9 @@ pub struct TestnetConfig {
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     humantime::parse_duration(&text).map_err(|error| {
-        serde::de::Error::custom(format!("`{text}` is not a duration such as 15s or 5m: {error}"))
+        serde::de::Error::custom(format!(
+            "`{text}` is not a duration such as 15s or 5m: {error}"
+        ))
     })
 }
 
@@ -365,14 +439,20 @@ impl Config {
         };
         for (name, value) in environment {
             if let Some(key) = key_of_variable(&name) {
-                set(&mut tree, &key, &value, &format!("environment variable {name}"))?;
+                set(
+                    &mut tree,
+                    &key,
+                    &value,
+                    &format!("environment variable {name}"),
+                )?;
             }
         }
         for (key, value) in flags {
             set(&mut tree, key, value, &format!("flag --{key}"))?;
         }
-        let config: Self =
-            Value::Table(tree).try_into().map_err(|e| ConfigError::Value(Box::new(e)))?;
+        let config: Self = Value::Table(tree)
+            .try_into()
+            .map_err(|e| ConfigError::Value(Box::new(e)))?;
         config.check()?;
         Ok(config)
     }
@@ -380,30 +460,52 @@ impl Config {
     fn check(&self) -> Result<(), ConfigError> {
         let invalid = |key, problem: String| Err(ConfigError::Invalid { key, problem });
         if self.site.name.is_empty() {
-            return invalid("site.name", "is not set: give the site a name, such as `dresden`".into());
+            return invalid(
+                "site.name",
+                "is not set: give the site a name, such as `dresden`".into(),
+            );
         }
         if !is_dns_label(&self.site.name) {
             return invalid(
                 "site.name",
-                format!("is `{}`: use a-z, 0-9 and `-`, at most 63 characters, starting and ending with a letter or digit", self.site.name),
+                format!(
+                    "is `{}`: use a-z, 0-9 and `-`, at most 63 characters, starting and ending with a letter or digit",
+                    self.site.name
+                ),
             );
         }
         for address in &self.api.listen {
             let parsed: std::net::SocketAddr = match address.parse() {
                 Ok(parsed) => parsed,
-                Err(_) => return invalid("api.listen", format!("has `{address}`: write IP:PORT, such as 127.0.0.1:7443")),
+                Err(_) => {
+                    return invalid(
+                        "api.listen",
+                        format!("has `{address}`: write IP:PORT, such as 127.0.0.1:7443"),
+                    );
+                }
             };
             if !parsed.ip().is_loopback() {
-                return invalid("api.listen", format!("has `{address}`: the API has no TLS yet and listens on loopback addresses only"));
+                return invalid(
+                    "api.listen",
+                    format!(
+                        "has `{address}`: the API has no TLS yet and listens on loopback addresses only"
+                    ),
+                );
             }
         }
         for address in self.peers.listen.iter().chain(&self.peers.advertise) {
             if address.parse::<std::net::SocketAddr>().is_err() {
-                return invalid("peers.listen", format!("has `{address}`: write IP:PORT, such as 0.0.0.0:7444"));
+                return invalid(
+                    "peers.listen",
+                    format!("has `{address}`: write IP:PORT, such as 0.0.0.0:7444"),
+                );
             }
         }
         if let Some((name, _)) = self.metrics.iter().find(|(_, value)| !value.is_finite()) {
-            return invalid("metrics", format!("has `{name}`, which is not a finite number"));
+            return invalid(
+                "metrics",
+                format!("has `{name}`, which is not a finite number"),
+            );
         }
         let mut names = std::collections::BTreeSet::new();
         for backend in &self.backends {
@@ -411,10 +513,18 @@ impl Config {
                 return invalid("backends", format!("has `{}` twice", backend.name));
             }
             if !backend.namespace_template.contains("{namespace}") {
-                return invalid("backends", format!("`{}`: namespace_template must contain {{namespace}}", backend.name));
+                return invalid(
+                    "backends",
+                    format!(
+                        "`{}`: namespace_template must contain {{namespace}}",
+                        backend.name
+                    ),
+                );
             }
         }
-        if self.federation.shards == 0 || u32::from(self.federation.shards) + 1 > krake_model::Revision::GROUPS_MAX {
+        if self.federation.shards == 0
+            || u32::from(self.federation.shards) + 1 > krake_model::Revision::GROUPS_MAX
+        {
             return invalid("federation.shards", "must be between 1 and 1023".into());
         }
         self.capacity_limit().map(|_| ())
@@ -425,9 +535,9 @@ impl Config {
     /// # Errors
     /// When a quantity cannot be read.
     pub fn capacity_limit(&self) -> Result<Resources, ConfigError> {
-        let read = |key, text: &Option<String>, parse: fn(&str) -> _| match text {
+        let read = |key, text: &Option<String>, parse: fn(&str) -> Result<u64, krake_model::resources::ParseQuantityError>| match text {
             None => Ok(u64::MAX),
-            Some(text) => parse(text).map_err(|error: krake_model::resources::ParseQuantityError| {
+            Some(text) => parse(text).map_err(|error| {
                 ConfigError::Invalid { key, problem: format!("is not usable: {error}") }
             }),
         };
@@ -461,12 +571,19 @@ impl Config {
 
     /// The API's Unix socket.
     pub fn socket_path(&self) -> PathBuf {
-        self.api.socket.clone().unwrap_or_else(|| self.node.data_dir.join("api.sock"))
+        self.api
+            .socket
+            .clone()
+            .unwrap_or_else(|| self.node.data_dir.join("api.sock"))
     }
 
     /// Where other nodes reach this one.
     pub fn advertised(&self) -> &[String] {
-        if self.peers.advertise.is_empty() { &self.peers.listen } else { &self.peers.advertise }
+        if self.peers.advertise.is_empty() {
+            &self.peers.listen
+        } else {
+            &self.peers.advertise
+        }
     }
 }
 
@@ -480,8 +597,10 @@ pub fn is_dns_label(name: &str) -> bool {
 }
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
     let table: Table = text.parse().map_err(|source| ConfigError::Syntax {
         path: path.to_owned(),
         source: Box::new(source),
@@ -493,11 +612,17 @@ fn read_file(path: &Path) -> Result<Table, ConfigError> {
 /// Refuses keys that no entry of [`KEYS`] names, so that the message can suggest one.
 fn check_keys(table: &Table, prefix: &str, origin: &str) -> Result<(), ConfigError> {
     for (name, value) in table {
-        let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+        let key = if prefix.is_empty() {
+            name.clone()
+        } else {
+            format!("{prefix}.{name}")
+        };
         if is_leaf(&key) {
             continue;
         }
-        let is_section = KEYS.iter().any(|(known, _)| known.starts_with(&format!("{key}.")));
+        let is_section = KEYS
+            .iter()
+            .any(|(known, _)| known.starts_with(&format!("{key}.")));
         match value {
             Value::Table(inner) if is_section => check_keys(inner, &key, origin)?,
             _ => return Err(unknown(&key, origin)),
@@ -510,7 +635,8 @@ fn check_keys(table: &Table, prefix: &str, origin: &str) -> Result<(), ConfigErr
 fn is_leaf(key: &str) -> bool {
     KEYS.iter().any(|(known, _)| {
         key == *known
-            || (matches!(*known, "metrics" | "site.labels") && key.starts_with(&format!("{known}.")))
+            || (matches!(*known, "metrics" | "site.labels")
+                && key.starts_with(&format!("{known}.")))
     })
 }
 
@@ -521,7 +647,11 @@ fn unknown(key: &str, origin: &str) -> ConfigError {
         .min()
         .filter(|(distance, _)| *distance <= 3)
         .map(|(_, known)| known.to_owned());
-    ConfigError::UnknownKey { key: key.to_owned(), origin: origin.to_owned(), suggestion }
+    ConfigError::UnknownKey {
+        key: key.to_owned(),
+        origin: origin.to_owned(),
+        suggestion,
+    }
 }
 
 /// `KRAKE_SITE__NAME` → `site.name`. Variables of krakectl (`KRAKE_SERVER`, …) have no `__` and
@@ -543,15 +673,23 @@ fn set(tree: &mut Table, key: &str, text: &str, origin: &str) -> Result<(), Conf
         .and_then(|mut table| table.remove("x"))
         .unwrap_or_else(|| Value::String(text.to_owned()));
     let value = if matches!(key, "site.name" | "capacity.cpu" | "capacity.memory") {
-        Value::String(value.as_str().map_or_else(|| text.to_owned(), str::to_owned))
+        Value::String(
+            value
+                .as_str()
+                .map_or_else(|| text.to_owned(), str::to_owned),
+        )
     } else {
         value
     };
     let mut parts: Vec<&str> = key.split('.').collect();
-    let Some(last) = parts.pop() else { return Err(unknown(key, origin)) };
+    let Some(last) = parts.pop() else {
+        return Err(unknown(key, origin));
+    };
     let mut table = tree;
     for part in parts {
-        let entry = table.entry(part.to_owned()).or_insert_with(|| Value::Table(Table::new()));
+        let entry = table
+            .entry(part.to_owned())
+            .or_insert_with(|| Value::Table(Table::new()));
         match entry {
             Value::Table(inner) => table = inner,
             _ => return Err(unknown(key, origin)),
@@ -566,7 +704,10 @@ mod tests {
     use super::*;
 
     fn variables(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
-        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+        pairs
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect()
     }
 
     #[test]
@@ -580,8 +721,16 @@ mod tests {
         .unwrap();
         let config = Config::load(
             Some(&file),
-            variables(&[("KRAKE_SITE__NAME", "env"), ("KRAKE_SITE__OPERATOR", "env"), ("KRAKE_SERVER", "x")]),
-            &variables(&[("site.name", "flag"), ("metrics.carbon", "21.5"), ("capacity.cpu", "4")]),
+            variables(&[
+                ("KRAKE_SITE__NAME", "env"),
+                ("KRAKE_SITE__OPERATOR", "env"),
+                ("KRAKE_SERVER", "x"),
+            ]),
+            &variables(&[
+                ("site.name", "flag"),
+                ("metrics.carbon", "21.5"),
+                ("capacity.cpu", "4"),
+            ]),
         )
         .unwrap();
         assert_eq!(config.site.name, "flag");
@@ -594,7 +743,9 @@ mod tests {
     #[test]
     fn bad_configurations_say_what_to_do() {
         let error = |flags: &[(&str, &str)]| {
-            Config::load(None, vec![], &variables(flags)).unwrap_err().to_string()
+            Config::load(None, vec![], &variables(flags))
+                .unwrap_err()
+                .to_string()
         };
         assert!(error(&[]).contains("site.name"));
         assert!(error(&[("site.nmae", "x")]).contains("did you mean `site.name`?"));

@@ -94,7 +94,11 @@ pub struct DataDir {
 
 fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DataDirError {
     let path = path.to_owned();
-    move |source| DataDirError::Io { action, path, source }
+    move |source| DataDirError::Io {
+        action,
+        path,
+        source,
+    }
 }
 
 impl DataDir {
@@ -117,12 +121,21 @@ impl DataDir {
             .map_err(io("open", &lock_path))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
             if errno == nix::errno::Errno::EWOULDBLOCK {
-                DataDirError::Locked { path: path.to_owned() }
+                DataDirError::Locked {
+                    path: path.to_owned(),
+                }
             } else {
-                DataDirError::Io { action: "lock", path: lock_path, source: errno.into() }
+                DataDirError::Io {
+                    action: "lock",
+                    path: lock_path,
+                    source: errno.into(),
+                }
             }
         })?;
-        let directory = Self { path: path.to_owned(), _lock: lock };
+        let directory = Self {
+            path: path.to_owned(),
+            _lock: lock,
+        };
         directory.check_format()?;
         Ok(directory)
     }
@@ -135,7 +148,9 @@ impl DataDir {
                 path: self.path.clone(),
                 found: found.trim().chars().take(20).collect(),
             }),
-            Err(error) if error.kind() == ErrorKind::NotFound => self.write("VERSION", FORMAT.as_bytes()),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                self.write("VERSION", FORMAT.as_bytes())
+            }
             Err(error) => Err(io("read", &path)(error)),
         }
     }
@@ -159,7 +174,9 @@ impl DataDir {
         file.write_all(bytes).map_err(io("write", &temporary))?;
         file.sync_all().map_err(io("sync", &temporary))?;
         std::fs::rename(&temporary, &path).map_err(io("rename", &temporary))?;
-        File::open(&self.path).and_then(|d| d.sync_all()).map_err(io("sync", &self.path))
+        File::open(&self.path)
+            .and_then(|d| d.sync_all())
+            .map_err(io("sync", &self.path))
     }
 
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>, DataDirError> {
@@ -177,16 +194,23 @@ impl DataDir {
     /// When the file is unreadable or damaged.
     pub fn identity(&self, entropy: impl FnOnce() -> [u8; 32]) -> Result<Identity, DataDirError> {
         let seed = match self.read("node.key")?.map(Zeroizing::new) {
-            Some(bytes) => Zeroizing::new(<[u8; 32]>::try_from(bytes.as_slice()).map_err(|_| {
-                DataDirError::Damaged { path: self.path.join("node.key"), source: None }
-            })?),
+            Some(bytes) => {
+                Zeroizing::new(<[u8; 32]>::try_from(bytes.as_slice()).map_err(|_| {
+                    DataDirError::Damaged {
+                        path: self.path.join("node.key"),
+                        source: None,
+                    }
+                })?)
+            }
             None => {
                 let seed = Zeroizing::new(entropy());
                 self.write("node.key", seed.as_slice())?;
                 seed
             }
         };
-        Ok(Identity { key: SigningKey::from_bytes(&seed) })
+        Ok(Identity {
+            key: SigningKey::from_bytes(&seed),
+        })
     }
 
     /// The federation it belongs to; `None` before `init` or `join`.
@@ -194,7 +218,9 @@ impl DataDir {
     /// # Errors
     /// When the file is unreadable or damaged.
     pub fn membership(&self) -> Result<Option<(Membership, Genesis)>, DataDirError> {
-        let Some(bytes) = self.read("membership")? else { return Ok(None) };
+        let Some(bytes) = self.read("membership")? else {
+            return Ok(None);
+        };
         let damaged = |source| DataDirError::Damaged {
             path: self.path.join("membership"),
             source: Some(source),
@@ -210,7 +236,9 @@ impl DataDir {
     /// # Errors
     /// [`DataDirError::NotMember`] when there is none.
     pub fn require_membership(&self) -> Result<(Membership, Genesis), DataDirError> {
-        self.membership()?.ok_or_else(|| DataDirError::NotMember { path: self.path.clone() })
+        self.membership()?.ok_or_else(|| DataDirError::NotMember {
+            path: self.path.clone(),
+        })
     }
 
     /// Fails when it already belongs to a federation.
@@ -218,12 +246,20 @@ impl DataDir {
     /// # Errors
     /// [`DataDirError::AlreadyMember`].
     pub fn require_fresh(&self) -> Result<(), DataDirError> {
-        let Some((_, genesis)) = self.membership()? else { return Ok(()) };
-        let id = genesis.federation_id().map_err(|source| DataDirError::Damaged {
-            path: self.path.join("membership"),
-            source: Some(source),
-        })?;
-        Err(DataDirError::AlreadyMember { path: self.path.clone(), name: genesis.name, id })
+        let Some((_, genesis)) = self.membership()? else {
+            return Ok(());
+        };
+        let id = genesis
+            .federation_id()
+            .map_err(|source| DataDirError::Damaged {
+                path: self.path.join("membership"),
+                source: Some(source),
+            })?;
+        Err(DataDirError::AlreadyMember {
+            path: self.path.clone(),
+            name: genesis.name,
+            id,
+        })
     }
 
     /// Remembers the federation.
@@ -232,7 +268,10 @@ impl DataDir {
     /// When it cannot be written.
     pub fn store_membership(&self, membership: &Membership) -> Result<(), DataDirError> {
         let bytes = codec::encode(MEMBERSHIP_VERSION, membership).map_err(|source| {
-            DataDirError::Damaged { path: self.path.join("membership"), source: Some(source) }
+            DataDirError::Damaged {
+                path: self.path.join("membership"),
+                source: Some(source),
+            }
         })?;
         self.write("membership", &bytes)
     }
@@ -244,9 +283,13 @@ impl DataDir {
     pub fn next_boot(&self) -> Result<u64, DataDirError> {
         let last = match self.read("boot")? {
             None => 0,
-            Some(bytes) => String::from_utf8_lossy(&bytes).trim().parse().map_err(|_| {
-                DataDirError::Damaged { path: self.path.join("boot"), source: None }
-            })?,
+            Some(bytes) => String::from_utf8_lossy(&bytes)
+                .trim()
+                .parse()
+                .map_err(|_| DataDirError::Damaged {
+                    path: self.path.join("boot"),
+                    source: None,
+                })?,
         };
         let boot: u64 = last + 1;
         self.write("boot", boot.to_string().as_bytes())?;
@@ -267,7 +310,9 @@ impl DataDir {
     /// # Errors
     /// When it cannot be read.
     pub fn admin_token(&self) -> Result<Option<String>, DataDirError> {
-        Ok(self.read("admin.token")?.map(|b| String::from_utf8_lossy(&b).trim().to_owned()))
+        Ok(self
+            .read("admin.token")?
+            .map(|b| String::from_utf8_lossy(&b).trim().to_owned()))
     }
 }
 
@@ -308,9 +353,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("data");
         let first = DataDir::open(&path).unwrap();
-        assert!(matches!(DataDir::open(&path), Err(DataDirError::Locked { .. })));
+        assert!(matches!(
+            DataDir::open(&path),
+            Err(DataDirError::Locked { .. })
+        ));
         let id = first.identity(|| [7; 32]).unwrap().node();
-        assert_eq!((first.next_boot().unwrap(), first.next_boot().unwrap()), (1, 2));
+        assert_eq!(
+            (first.next_boot().unwrap(), first.next_boot().unwrap()),
+            (1, 2)
+        );
         drop(first);
         let again = DataDir::open(&path).unwrap();
         assert_eq!(again.identity(|| [8; 32]).unwrap().node(), id);
@@ -321,11 +372,20 @@ mod tests {
     fn damage_and_other_formats_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
-        assert!(matches!(data.require_membership(), Err(DataDirError::NotMember { .. })));
+        assert!(matches!(
+            data.require_membership(),
+            Err(DataDirError::NotMember { .. })
+        ));
         std::fs::write(dir.path().join("membership"), b"garbage").unwrap();
-        assert!(matches!(data.membership(), Err(DataDirError::Damaged { .. })));
+        assert!(matches!(
+            data.membership(),
+            Err(DataDirError::Damaged { .. })
+        ));
         drop(data);
         std::fs::write(dir.path().join("VERSION"), b"99").unwrap();
-        assert!(matches!(DataDir::open(dir.path()), Err(DataDirError::Format { .. })));
+        assert!(matches!(
+            DataDir::open(dir.path()),
+            Err(DataDirError::Format { .. })
+        ));
     }
 }

@@ -1,1 +1,18 @@
-//! krake-node: one site's process; wires network, catalog, placement, driver and API together.
+//! The node: one process per site, with the catalog's replicas, the owner of the shards it leads,
+//! the site's agent and the API.
+
+pub mod admission;
+pub mod api;
+pub mod catalog;
+pub mod config;
+pub mod datadir;
+pub mod federation;
+pub mod kinds;
+pub mod membership;
+pub mod net;
+pub mod owner;
+pub mod records;
+pub mod rpc;
+pub mod run;
+pub mod site;
+pub mod store;

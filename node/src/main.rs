@@ -1,3 +1,170 @@
-//! Entry point.
+//! `krake-node`: one site's node.
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use krake_node::config::{Config, KEYS, LogFormat};
+
+/// One site's node of a Krake federation.
+///
+/// Every configuration key can be given in the file, as an environment variable
+/// (KRAKE_SITE__NAME) and as a flag (--site.name); `krake-node config keys` lists them.
+#[derive(Debug, Parser)]
+#[command(name = "krake-node", version, subcommand_required = true)]
+struct Arguments {
+    /// The configuration file (TOML).
+    #[arg(long, short, global = true, env = "KRAKE_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Found a new federation with this site as its first member.
+    Init {
+        /// --KEY VALUE for any configuration key.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<String>,
+    },
+    /// Run the node until SIGTERM or SIGINT.
+    Run {
+        /// --KEY VALUE for any configuration key.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<String>,
+    },
+    /// Join a federation with a token from `krakectl token create`.
+    Join {
+        /// The token, or @FILE to read it from a file.
+        token: String,
+        /// --KEY VALUE for any configuration key.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<String>,
+    },
+    /// Look at the configuration.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// List every key and what it is for.
+    Keys,
+}
+
+/// Flags of the form `--key value` or `--key=value`; `--config` may stand among them.
+fn split_flags(flags: &[String]) -> anyhow::Result<(Option<PathBuf>, Vec<(String, String)>)> {
+    let mut pairs = Vec::new();
+    let mut file = None;
+    let mut rest = flags.iter();
+    while let Some(flag) = rest.next() {
+        let Some(key) = flag.strip_prefix("--") else {
+            anyhow::bail!(
+                "`{flag}` is not a flag: write --KEY VALUE (krake-node config keys lists them)"
+            );
+        };
+        let (key, value) = match key.split_once('=') {
+            Some((key, value)) => (key, value.to_owned()),
+            None => (
+                key,
+                rest.next()
+                    .ok_or_else(|| anyhow::anyhow!("--{key} needs a value"))?
+                    .clone(),
+            ),
+        };
+        if key == "config" {
+            file = Some(PathBuf::from(value));
+        } else {
+            pairs.push((key.to_owned(), value));
+        }
+    }
+    Ok((file, pairs))
+}
+
+fn load(file: Option<PathBuf>, flags: &[String]) -> anyhow::Result<Config> {
+    let (given, pairs) = split_flags(flags)?;
+    let file = given.or(file);
+    let environment = std::env::vars().filter(|(name, _)| name != "KRAKE_CONFIG");
+    Ok(Config::load(file.as_deref(), environment, &pairs)?)
+}
+
+fn start_log(config: &Config) {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.node.log)
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match config.node.log_format {
+        LogFormat::Text => builder.with_ansi(false).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+#[allow(clippy::print_stdout, reason = "the program's output")]
+fn execute(arguments: Arguments) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(
+            std::thread::available_parallelism()
+                .map_or(2, usize::from)
+                .clamp(2, 4),
+        )
+        .enable_all()
+        .build()?;
+    match arguments.command {
+        Command::Init { flags } => {
+            let config = load(arguments.config, &flags)?;
+            let founded = runtime.block_on(krake_node::membership::init(&config))?;
+            println!("federation {} founded", founded.federation);
+            println!("admin token: {}", founded.token_file.display());
+            println!("next: krake-node run");
+        }
+        Command::Join { token, flags } => {
+            let config = load(arguments.config, &flags)?;
+            let token = match token.strip_prefix('@') {
+                Some(path) => std::fs::read_to_string(path).map_err(|error| {
+                    anyhow::anyhow!("cannot read the token from {path}: {error}")
+                })?,
+                None => token,
+            };
+            let name = runtime.block_on(krake_node::membership::join(&config, token.trim()))?;
+            println!("joined federation {name} as site {}", config.site.name);
+            println!("next: krake-node run");
+        }
+        Command::Run { flags } => {
+            let config = load(arguments.config, &flags)?;
+            start_log(&config);
+            runtime.block_on(krake_node::run::run(config))?;
+        }
+        Command::Config {
+            command: ConfigCommand::Keys,
+        } => {
+            let width = KEYS.iter().map(|(key, _)| key.len()).max().unwrap_or(0);
+            for (key, text) in KEYS {
+                println!("{key:width$}  {text}");
+            }
+        }
+    }
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    Ok(())
+}
+
+#[allow(clippy::print_stderr, reason = "the program's error message")]
+fn main() -> ExitCode {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    match execute(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            for cause in error.chain().skip(1) {
+                let text = cause.to_string();
+                if !error.to_string().contains(&text) {
+                    eprintln!("  because: {text}");
+                }
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

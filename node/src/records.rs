@@ -27,7 +27,10 @@ pub struct RecordError {
 /// # Errors
 /// When the bytes are not the JSON of a `T`.
 pub fn read<T: DeserializeOwned>(key: &str, bytes: &[u8]) -> Result<T, RecordError> {
-    serde_json::from_slice(bytes).map_err(|source| RecordError { key: key.to_owned(), source })
+    serde_json::from_slice(bytes).map_err(|source| RecordError {
+        key: key.to_owned(),
+        source,
+    })
 }
 
 /// Canonical JSON: keys sorted, as `serde_json`'s map is.

@@ -18,8 +18,6 @@ pub enum Request {
     Reserve(Reserve),
     /// To an owner: JSON of [`crate::records::CopyReport`]s.
     Copies(Vec<Vec<u8>>),
-    /// To the meta leader: admit a node, as asked by it.
-    Admit(Box<JoinRequest>),
 }
 
 /// A reply between members.
@@ -34,8 +32,6 @@ pub enum Reply {
     },
     /// Taken note of; `owned` says for each report whether this node owns the app.
     Noted(Vec<bool>),
-    /// The outcome of [`Request::Admit`].
-    Joined(Box<JoinReply>),
     /// The request could not be understood or handled.
     Error {
         /// Why.
@@ -140,7 +136,11 @@ mod tests {
             uid: AppUid::new(uuid::Uuid::from_u128(7)),
             app: ("default".into(), "shop".into()),
             backend: "default".into(),
-            needs: Resources { cpu_millis: 1, memory_bytes: 2, pods: 3 },
+            needs: Resources {
+                cpu_millis: 1,
+                memory_bytes: 2,
+                pods: 3,
+            },
             term: 4,
             generation: 5,
             manifests: b"[]".to_vec(),

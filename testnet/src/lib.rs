@@ -1,1 +1,3 @@
 //! krake-testnet: a whole federation on one machine, with embedded or real Kubernetes, and faults.
+
+pub mod embedded;

@@ -40,8 +40,10 @@ pub struct Config {
     pub context: Option<String>,
     /// Namespace at the site for a namespace of the federation, with `{namespace}` in it.
     pub namespace_template: String,
-    /// Whether apps may bring kinds that belong to the whole cluster.
-    pub cluster_scoped: bool,
+    /// Kinds of the whole cluster that apps may bring, as `group/Kind` (`Kind` in the core group).
+    pub cluster_scoped_kinds: Vec<String>,
+    /// Kinds that apps may not bring, written alike.
+    pub denied_kinds: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -353,6 +355,21 @@ impl Inner {
         }
     }
 
+    fn admit_kind(&self, object: &ObjectRef, namespaced: bool) -> Result<(), BackendError> {
+        let name = match object.api_version.split_once('/') {
+            Some((group, _)) => format!("{group}/{}", object.kind),
+            None => object.kind.clone(),
+        };
+        let reason = if self.config.denied_kinds.contains(&name) {
+            format!("this site does not admit {name}")
+        } else if !namespaced && !self.config.cluster_scoped_kinds.contains(&name) {
+            format!("{object} belongs to the whole cluster, which this site does not admit")
+        } else {
+            return Ok(());
+        };
+        Err(BackendError::new(Code::Forbidden, reason))
+    }
+
     async fn apply_one(
         &self,
         workload: &Workload,
@@ -364,14 +381,7 @@ impl Inner {
             .cluster
             .resource(&object.api_version, &object.kind)
             .await?;
-        if !namespaced && !self.config.cluster_scoped {
-            return Err(BackendError::new(
-                Code::Forbidden,
-                format!(
-                    "{object} belongs to the whole cluster; this site admits only objects in namespaces"
-                ),
-            ));
-        }
+        self.admit_kind(&object, namespaced)?;
         let mut manifest = manifest.clone();
         let metadata = &mut manifest["metadata"];
         if namespaced {
@@ -679,14 +689,7 @@ impl Backend for KubernetesBackend {
                 .cluster
                 .resource(&object.api_version, &object.kind)
                 .await?;
-            if !namespaced && !self.inner.config.cluster_scoped {
-                return Err(BackendError::new(
-                    Code::Forbidden,
-                    format!(
-                        "{object} belongs to the whole cluster; this site admits only objects in namespaces"
-                    ),
-                ));
-            }
+            self.inner.admit_kind(&object, namespaced)?;
         }
         Ok(())
     }

@@ -64,7 +64,8 @@ impl Memory {
     /// Takes a refusal of `target` into account until it expires.
     pub fn refuse(&mut self, target: Target, reason: String, now: Timestamp) {
         self.reserved = None;
-        self.refusals.insert(target, (now.plus_millis(REFUSAL_TTL_MS), reason));
+        self.refusals
+            .insert(target, (now.plus_millis(REFUSAL_TTL_MS), reason));
     }
 }
 
@@ -142,7 +143,9 @@ fn is_gone(memory: &Memory, target: &Target, epoch: Epoch) -> bool {
 }
 
 fn plan_deletion(app: &StoredApp, memory: &Memory, world: &dyn World) -> Step {
-    let Some((assign, epoch)) = &app.assign else { return Step::Finish(None) };
+    let Some((assign, epoch)) = &app.assign else {
+        return Step::Finish(None);
+    };
     let now = world.now();
     if assign.pending.is_some() || assign.copies.iter().any(|c| c.role != CopyRole::Deleting) {
         let mut next = assign.clone();
@@ -152,10 +155,16 @@ fn plan_deletion(app: &StoredApp, memory: &Memory, world: &dyn World) -> Step {
         }
         return Step::Assign(Box::new(next), None);
     }
-    let left: Vec<&AssignedCopy> =
-        assign.copies.iter().filter(|c| !is_gone(memory, &c.target, *epoch)).collect();
+    let left: Vec<&AssignedCopy> = assign
+        .copies
+        .iter()
+        .filter(|c| !is_gone(memory, &c.target, *epoch))
+        .collect();
     let detect_after = app.policy.detect_after;
-    if left.iter().any(|c| world.sight(&c.target.node, detect_after) != Sight::Lost) {
+    if left
+        .iter()
+        .any(|c| world.sight(&c.target.node, detect_after) != Sight::Lost)
+    {
         return Step::Wait(now.plus_millis(1000));
     }
     if left.is_empty() {
@@ -192,10 +201,17 @@ fn settle(
     if let Some(outgoing) = assign.copy(CopyRole::Outgoing).cloned() {
         settle_surge(app, epoch, memory, world, &outgoing, &mut next);
     }
-    let waits_for_old = next.copies.iter().any(|c| c.role == CopyRole::Deleting && !lost(&c.target));
+    let waits_for_old = next
+        .copies
+        .iter()
+        .any(|c| c.role == CopyRole::Deleting && !lost(&c.target));
     if let Some(target) = next.pending.clone().filter(|_| !waits_for_old) {
         next.pending = None;
-        next.copies.push(AssignedCopy { target, role: CopyRole::Active, since: now });
+        next.copies.push(AssignedCopy {
+            target,
+            role: CopyRole::Active,
+            since: now,
+        });
     }
     next.generation = if next.copy(CopyRole::Active).is_some() || next.pending.is_some() {
         next.generation
@@ -236,10 +252,7 @@ fn settle_surge(
     if late || failed || lost(&active.target) {
         let why = match reported.and_then(|(_, message)| message) {
             Some(message) => message,
-            None if late => format!(
-                "not ready within {} s",
-                app.policy.ready_timeout.as_secs()
-            ),
+            None if late => format!("not ready within {} s", app.policy.ready_timeout.as_secs()),
             None => "the site was lost".to_owned(),
         };
         memory.refuse(active.target.clone(), why, now);
@@ -265,7 +278,10 @@ fn plan_running(
     let reported = report(memory, &active.target, epoch);
     if let Some(failed) = reported.filter(|r| r.state == ReportedState::Failed && r.retry_elsewhere)
     {
-        let why = failed.message.clone().unwrap_or_else(|| "the site could not run it".to_owned());
+        let why = failed
+            .message
+            .clone()
+            .unwrap_or_else(|| "the site could not run it".to_owned());
         if !memory.refusals.contains_key(&active.target) {
             memory.refuse(active.target.clone(), why, now);
             return plan_placement(app, memory, world, Some(assign), Trigger::SiteFailed);
@@ -299,7 +315,9 @@ fn plan_placement(
     trigger: Trigger,
 ) -> Step {
     let now = world.now();
-    let current = assign.and_then(|a| a.copy(CopyRole::Active)).map(|c| c.target.clone());
+    let current = assign
+        .and_then(|a| a.copy(CopyRole::Active))
+        .map(|c| c.target.clone());
     let decision = decide_for(app, memory, world, current.clone(), trigger);
     memory.better_since = decision.better_since;
     memory.next_look = now.plus_millis(app.policy.reschedule_interval.as_millis() as i64);
@@ -307,9 +325,10 @@ fn plan_placement(
     let Some(chosen) = record.chosen.clone() else {
         memory.reserved = None;
         memory.next_look = now.plus_millis(1000);
-        let shown = memory.unplaceable.as_ref().is_some_and(|d| {
-            d.reason == record.reason && d.generation == record.generation
-        });
+        let shown = memory
+            .unplaceable
+            .as_ref()
+            .is_some_and(|d| d.reason == record.reason && d.generation == record.generation);
         if shown {
             return Step::Wait(memory.next_look);
         }
@@ -321,9 +340,10 @@ fn plan_placement(
         return keep(app, assign, record, world, memory);
     }
     match memory.reserved.take() {
-        Some((target, record)) if target == chosen => {
-            Step::Assign(Box::new(moved(app, assign, chosen, world)), Some(Box::new(record)))
-        }
+        Some((target, record)) if target == chosen => Step::Assign(
+            Box::new(moved(app, assign, chosen, world)),
+            Some(Box::new(record)),
+        ),
         _ => Step::Reserve(chosen, Box::new(record)),
     }
 }
@@ -342,7 +362,8 @@ fn decide_for(
             let mut site = site.clone();
             site.lost = world.sight(&site.target.node, app.policy.detect_after) != Sight::Alive
                 && (current.as_ref() != Some(&site.target)
-                    || world.sight(&site.target.node, app.policy.detect_after) == Sight::Lost);
+                    || (app.policy.failover_mode == FailoverMode::Prompt
+                        && world.sight(&site.target.node, app.policy.detect_after) == Sight::Lost));
             if let Some((_, reason)) = memory.refusals.get(&site.target) {
                 site.refusals.push(reason.clone());
             }
@@ -407,12 +428,20 @@ fn moved(
     });
     next.generation = app.generation;
     let old = next.copy(CopyRole::Active).map(|c| c.target.clone());
-    let old_lost = old.as_ref().is_some_and(|target| {
-        world.sight(&target.node, app.policy.detect_after) == Sight::Lost
-    });
+    let old_lost = old
+        .as_ref()
+        .is_some_and(|target| world.sight(&target.node, app.policy.detect_after) == Sight::Lost);
     let recreate = app.policy.migration_strategy == MigrationStrategy::Recreate;
-    let old_role = if recreate || old_lost { CopyRole::Deleting } else { CopyRole::Outgoing };
-    for copy in next.copies.iter_mut().filter(|c| c.role == CopyRole::Active) {
+    let old_role = if recreate || old_lost {
+        CopyRole::Deleting
+    } else {
+        CopyRole::Outgoing
+    };
+    for copy in next
+        .copies
+        .iter_mut()
+        .filter(|c| c.role == CopyRole::Active)
+    {
         set_role(copy, old_role, now);
     }
     // A copy that was being deleted at the chosen site is wanted again.
@@ -421,12 +450,19 @@ fn moved(
         next.pending = Some(chosen);
     } else {
         next.pending = None;
-        next.copies.push(AssignedCopy { target: chosen, role: CopyRole::Active, since: now });
+        next.copies.push(AssignedCopy {
+            target: chosen,
+            role: CopyRole::Active,
+            since: now,
+        });
     }
     next
 }
 
 /// Whether an outcome is worth an event and a place in the history.
 pub const fn is_change(outcome: Outcome) -> bool {
-    matches!(outcome, Outcome::Placed | Outcome::Moved | Outcome::Unplaceable)
+    matches!(
+        outcome,
+        Outcome::Placed | Outcome::Moved | Outcome::Unplaceable
+    )
 }

@@ -24,7 +24,11 @@ pub struct Inputs<'a> {
 
 /// The status that is true now.
 pub fn status(inputs: Inputs<'_>, world: &dyn World, lost_after: Duration) -> ApplicationStatus {
-    let Inputs { app, memory, before } = inputs;
+    let Inputs {
+        app,
+        memory,
+        before,
+    } = inputs;
     let now = world.now();
     let copies: Vec<CopyStatus> = match &app.assign {
         None => Vec::new(),
@@ -35,13 +39,22 @@ pub fn status(inputs: Inputs<'_>, world: &dyn World, lost_after: Duration) -> Ap
             .collect(),
     };
     let (phase, message) = phase(app, memory, &copies);
-    let placed = app.assign.as_ref().and_then(|(assign, _)| assign.copy(CopyRole::Active));
+    let placed = app
+        .assign
+        .as_ref()
+        .and_then(|(assign, _)| assign.copy(CopyRole::Active));
     let ready = matches!(phase, AppPhase::Running | AppPhase::Moving);
     let synced = copies.iter().any(|copy| {
         copy.role == CopyRole::Active
-            && matches!(copy.state, CopyState::Ready | CopyState::Progressing | CopyState::Degraded)
-    }) && app.assign.as_ref().is_some_and(|(a, _)| a.generation == app.generation);
-    let mut condition = |kind: &str, holds: bool, reason: String, message: String| {
+            && matches!(
+                copy.state,
+                CopyState::Ready | CopyState::Progressing | CopyState::Degraded
+            )
+    }) && app
+        .assign
+        .as_ref()
+        .is_some_and(|(a, _)| a.generation == app.generation);
+    let condition = |kind: &str, holds: bool, reason: String, message: String| {
         let status = if holds { "True" } else { "False" };
         let old = before.conditions.iter().find(|c| c.kind == kind);
         Condition {
@@ -49,9 +62,10 @@ pub fn status(inputs: Inputs<'_>, world: &dyn World, lost_after: Duration) -> Ap
             status: status.to_owned(),
             reason,
             message,
-            last_transition_time: old
-                .filter(|c| c.status == status)
-                .map_or_else(|| now.to_seconds_string(), |c| c.last_transition_time.clone()),
+            last_transition_time: old.filter(|c| c.status == status).map_or_else(
+                || now.to_seconds_string(),
+                |c| c.last_transition_time.clone(),
+            ),
             observed_generation: Some(app.generation),
         }
     };
@@ -68,12 +82,22 @@ pub fn status(inputs: Inputs<'_>, world: &dyn World, lost_after: Duration) -> Ap
     };
     let conditions = vec![
         condition("Ready", ready, format!("{phase:?}"), message.clone()),
-        condition("Placed", placed.is_some(), placed_reason.to_owned(), placed_text),
+        condition(
+            "Placed",
+            placed.is_some(),
+            placed_reason.to_owned(),
+            placed_text,
+        ),
         condition(
             "Synced",
             synced,
             if synced { "Applied" } else { "NotApplied" }.to_owned(),
-            if synced { "the spec is applied at its site" } else { message.as_str() }.to_owned(),
+            if synced {
+                "the spec is applied at its site"
+            } else {
+                message.as_str()
+            }
+            .to_owned(),
         ),
     ];
     ApplicationStatus {
@@ -106,7 +130,13 @@ fn copy_status(
     };
     let message = match (lost, reported) {
         (true, _) => Some("the site is lost: nobody knows".to_owned()),
-        (false, Some(CopyReport { message: Some(message), .. })) => Some(message.clone()),
+        (
+            false,
+            Some(CopyReport {
+                message: Some(message),
+                ..
+            }),
+        ) => Some(message.clone()),
         _ => None,
     };
     let old = inputs
@@ -117,7 +147,10 @@ fn copy_status(
     let (ready, wanted) = match (lost, reported) {
         (false, Some(report)) => (report.ready, report.wanted),
         (true, Some(report)) => (0, report.wanted),
-        (_, None) => (0, inputs.app.needs.resources.pods.min(u64::from(u32::MAX)) as u32),
+        (_, None) => (
+            0,
+            inputs.app.needs.resources.pods.min(u64::from(u32::MAX)) as u32,
+        ),
     };
     CopyStatus {
         site: copy.target.site.clone(),
@@ -129,7 +162,9 @@ fn copy_status(
         state,
         ready: format!("{ready}/{wanted}"),
         message,
-        since: old.filter(|c| c.state == state).map_or_else(|| world.now(), |c| c.since),
+        since: old
+            .filter(|c| c.state == state)
+            .map_or_else(|| world.now(), |c| c.since),
         epoch,
     }
 }
@@ -146,9 +181,10 @@ fn phase(app: &StoredApp, memory: &Memory, copies: &[CopyStatus]) -> (AppPhase, 
     let active = copies.iter().find(|c| c.role == CopyRole::Active);
     let outgoing = copies.iter().find(|c| c.role == CopyRole::Outgoing);
     match (active, outgoing, &memory.unplaceable) {
-        (Some(new), Some(old), _) if old.state == CopyState::Ready => {
-            (AppPhase::Moving, format!("moves from {} to {}", old.site, new.site))
-        }
+        (Some(new), Some(old), _) if old.state == CopyState::Ready => (
+            AppPhase::Moving,
+            format!("moves from {} to {}", old.site, new.site),
+        ),
         (Some(copy), _, unplaceable) => phase_of_active(copy, unplaceable.as_ref()),
         (None, _, Some(decision)) => (AppPhase::Unplaceable, decision.reason.clone()),
         (None, _, None) => (AppPhase::Pending, "waits for a decision".to_owned()),
@@ -196,11 +232,16 @@ pub fn events(
 ) -> Vec<EventDraft> {
     let mut drafts = Vec::new();
     let active = |assign: Option<&AssignRecord>| {
-        assign.and_then(|a| a.copy(CopyRole::Active)).map(|c| c.target.to_string())
+        assign
+            .and_then(|a| a.copy(CopyRole::Active))
+            .map(|c| c.target.to_string())
     };
     if let Some(decision) = decision
         && active(old) != active(new)
-        && let Some(site) = active(new).or_else(|| new.and_then(|a| a.pending.as_ref()).map(ToString::to_string))
+        && let Some(site) = active(new).or_else(|| {
+            new.and_then(|a| a.pending.as_ref())
+                .map(ToString::to_string)
+        })
     {
         let reason = match decision.trigger {
             krake_model::decision::Trigger::SiteLost => "FailedOver",
@@ -225,7 +266,11 @@ pub fn events(
             Some(AppPhase::Deleting) => ("Normal", "Deleting"),
             _ => return drafts,
         };
-        drafts.push(EventDraft { kind, reason, message: ready.message.clone() });
+        drafts.push(EventDraft {
+            kind,
+            reason,
+            message: ready.message.clone(),
+        });
     }
     drafts
 }

@@ -23,7 +23,9 @@ const SETTLED_MAX: usize = 10_000;
 #[derive(Debug, Error)]
 pub enum LedgerError {
     /// The database says no.
-    #[error("the site's ledger {path} cannot be used; restore it from a backup or remove it (the node then fetches its assignments again)")]
+    #[error(
+        "the site's ledger {path} cannot be used; restore it from a backup or remove it (the node then fetches its assignments again)"
+    )]
     Store {
         /// The file.
         path: String,
@@ -77,21 +79,30 @@ impl Ledger {
             LoadError::Store(e) => store(*e),
             LoadError::Damaged { uid, source } => LedgerError::Damaged { uid, source },
         })?;
-        Ok(Self { database, path: path.display().to_string(), entries: Mutex::new(entries) })
+        Ok(Self {
+            database,
+            path: path.display().to_string(),
+            entries: Mutex::new(entries),
+        })
     }
 
     fn load(database: &Database) -> Result<BTreeMap<AppUid, Assignment>, LoadError> {
         let transaction = database.begin_write().map_err(boxed)?;
         transaction.open_table(ASSIGNMENTS).map_err(boxed)?;
         transaction.commit().map_err(boxed)?;
-        let table =
-            database.begin_read().map_err(boxed)?.open_table(ASSIGNMENTS).map_err(boxed)?;
+        let table = database
+            .begin_read()
+            .map_err(boxed)?
+            .open_table(ASSIGNMENTS)
+            .map_err(boxed)?;
         let mut entries = BTreeMap::new();
         for row in table.iter().map_err(boxed)? {
             let (key, value) = row.map_err(boxed)?;
-            let assignment: Assignment = serde_json::from_slice(value.value()).map_err(|source| {
-                LoadError::Damaged { uid: key.value().to_owned(), source }
-            })?;
+            let assignment: Assignment =
+                serde_json::from_slice(value.value()).map_err(|source| LoadError::Damaged {
+                    uid: key.value().to_owned(),
+                    source,
+                })?;
             entries.insert(assignment.uid, assignment);
         }
         Ok(entries)
@@ -115,8 +126,11 @@ impl Ledger {
         entries.insert(assignment.uid, assignment.clone());
         let settled = entries.values().filter(|a| a.delete).count();
         if settled > SETTLED_MAX
-            && let Some(oldest) =
-                entries.values().filter(|a| a.delete).min_by_key(|a| a.epoch).map(|a| a.uid)
+            && let Some(oldest) = entries
+                .values()
+                .filter(|a| a.delete)
+                .min_by_key(|a| a.epoch)
+                .map(|a| a.uid)
         {
             self.remove(&oldest)?;
             entries.remove(&oldest);
@@ -126,7 +140,11 @@ impl Ledger {
 
     fn store(&self, assignment: &Assignment) -> Result<(), LedgerError> {
         let bytes = crate::records::write(assignment);
-        self.write(|table| table.insert(assignment.uid.to_string().as_str(), bytes.as_ref()).map(|_| ()))
+        self.write(|table| {
+            table
+                .insert(assignment.uid.to_string().as_str(), bytes.as_ref())
+                .map(|_| ())
+        })
     }
 
     fn remove(&self, uid: &AppUid) -> Result<(), LedgerError> {
@@ -139,12 +157,17 @@ impl Ledger {
     ) -> Result<(), LedgerError> {
         let run = || -> Result<(), LoadError> {
             let mut transaction = self.database.begin_write().map_err(boxed)?;
-            transaction.set_durability(Durability::Immediate).map_err(boxed)?;
+            transaction
+                .set_durability(Durability::Immediate)
+                .map_err(boxed)?;
             change(&mut transaction.open_table(ASSIGNMENTS).map_err(boxed)?).map_err(boxed)?;
             transaction.commit().map_err(boxed)
         };
         run().map_err(|error| match error {
-            LoadError::Store(source) => LedgerError::Store { path: self.path.clone(), source },
+            LoadError::Store(source) => LedgerError::Store {
+                path: self.path.clone(),
+                source,
+            },
             LoadError::Damaged { uid, source } => LedgerError::Damaged { uid, source },
         })
     }
@@ -162,7 +185,10 @@ impl Ledger {
 
 enum LoadError {
     Store(Box<redb::Error>),
-    Damaged { uid: String, source: serde_json::Error },
+    Damaged {
+        uid: String,
+        source: serde_json::Error,
+    },
 }
 
 fn boxed<E: Into<redb::Error>>(error: E) -> LoadError {
@@ -180,7 +206,11 @@ mod tests {
             uid: AppUid::new(uuid::Uuid::from_u128(1)),
             app: AppKey::new("default", "shop"),
             backend: "default".to_owned(),
-            epoch: Epoch { incarnation: 0, term: 1, index },
+            epoch: Epoch {
+                incarnation: 0,
+                term: 1,
+                index,
+            },
             delete,
             generation: 1,
             manifests: vec![serde_json::json!({"kind": "ConfigMap"})],
@@ -192,13 +222,23 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("site.redb");
         let ledger = Ledger::open(&path).unwrap();
-        assert_eq!(ledger.offer(&assignment(5, false)).unwrap(), Offer::Accepted);
+        assert_eq!(
+            ledger.offer(&assignment(5, false)).unwrap(),
+            Offer::Accepted
+        );
         assert_eq!(ledger.offer(&assignment(5, false)).unwrap(), Offer::Known);
         assert_eq!(ledger.offer(&assignment(9, true)).unwrap(), Offer::Accepted);
         drop(ledger);
         let ledger = Ledger::open(&path).unwrap();
-        let newest = Epoch { incarnation: 0, term: 1, index: 9 };
-        assert_eq!(ledger.offer(&assignment(7, false)).unwrap(), Offer::Stale(newest));
+        let newest = Epoch {
+            incarnation: 0,
+            term: 1,
+            index: 9,
+        };
+        assert_eq!(
+            ledger.offer(&assignment(7, false)).unwrap(),
+            Offer::Stale(newest)
+        );
         assert!(ledger.get(&assignment(0, true).uid).unwrap().delete);
     }
 }

@@ -59,14 +59,28 @@ impl Reservations {
         if !needs.fits(&left) {
             return Err(Refusal::NoCapacity { free: left });
         }
-        self.promises.insert(uid, Promise { needs, term, deadline: Some(deadline) });
+        self.promises.insert(
+            uid,
+            Promise {
+                needs,
+                term,
+                deadline: Some(deadline),
+            },
+        );
         Ok(())
     }
 
     /// The assignment has come: the promise holds until [`Reservations::release`].
     pub fn assigned(&mut self, uid: AppUid, needs: Resources) {
         let term = self.promises.get(&uid).map_or(0, |p| p.term);
-        self.promises.insert(uid, Promise { needs, term, deadline: None });
+        self.promises.insert(
+            uid,
+            Promise {
+                needs,
+                term,
+                deadline: None,
+            },
+        );
     }
 
     /// The app's pods count as used by themselves, or it is gone.
@@ -76,7 +90,8 @@ impl Reservations {
 
     /// Drops what has expired.
     pub fn expire(&mut self, now: Timestamp) {
-        self.promises.retain(|_, promise| promise.deadline.is_none_or(|deadline| deadline > now));
+        self.promises
+            .retain(|_, promise| promise.deadline.is_none_or(|deadline| deadline > now));
     }
 
     /// The sum of all promises.
@@ -88,7 +103,9 @@ impl Reservations {
         self.promises
             .iter()
             .filter(|(uid, _)| Some(**uid) != except)
-            .fold(Resources::ZERO, |sum, (_, promise)| sum.saturating_add(&promise.needs))
+            .fold(Resources::ZERO, |sum, (_, promise)| {
+                sum.saturating_add(&promise.needs)
+            })
     }
 }
 
@@ -101,7 +118,11 @@ mod tests {
     }
 
     fn cpu(millis: u64) -> Resources {
-        Resources { cpu_millis: millis, memory_bytes: 0, pods: 0 }
+        Resources {
+            cpu_millis: millis,
+            memory_bytes: 0,
+            pods: 0,
+        }
     }
 
     #[test]
@@ -120,15 +141,33 @@ mod tests {
     #[test]
     fn an_assignment_holds_until_its_pods_count() {
         let mut table = Reservations::default();
-        table.reserve(uid(1), 1, cpu(600), &cpu(1000), Timestamp::from_millis(1)).unwrap();
+        table
+            .reserve(uid(1), 1, cpu(600), &cpu(1000), Timestamp::from_millis(1))
+            .unwrap();
         table.assigned(uid(1), cpu(600));
         table.expire(Timestamp::from_millis(1000));
         assert_eq!(
-            table.reserve(uid(2), 1, cpu(600), &cpu(1000), Timestamp::from_millis(2000)),
+            table.reserve(
+                uid(2),
+                1,
+                cpu(600),
+                &cpu(1000),
+                Timestamp::from_millis(2000)
+            ),
             Err(Refusal::NoCapacity { free: cpu(400) })
         );
         table.release(&uid(1));
-        assert!(table.reserve(uid(2), 1, cpu(600), &cpu(1000), Timestamp::from_millis(2000)).is_ok());
+        assert!(
+            table
+                .reserve(
+                    uid(2),
+                    1,
+                    cpu(600),
+                    &cpu(1000),
+                    Timestamp::from_millis(2000)
+                )
+                .is_ok()
+        );
     }
 
     #[test]

@@ -1,0 +1,148 @@
+//! What the API checks before it writes, beyond schemas.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use krake_kube_api::{Admission, ApiError, Cause, Kind};
+use krake_model::{ApplicationSpec, MetricDefinition};
+use krake_placement::spec::{Defaults, validate};
+use serde_json::{Value, json};
+
+use crate::config::is_dns_label;
+use crate::kinds::FINALIZER;
+
+/// An application has at most this many bytes (DESIGN 13.2).
+const APPLICATION_BYTES_MAX: usize = 512 * 1024;
+
+/// The checks of one federation.
+#[derive(Debug, Clone)]
+pub struct KrakeAdmission {
+    /// Its metrics.
+    pub definitions: BTreeMap<String, MetricDefinition>,
+    /// This node's defaults.
+    pub defaults: Defaults,
+}
+
+impl KrakeAdmission {
+    fn application(&self, object: &mut Value, old: Option<&Value>) -> Result<(), ApiError> {
+        let text = |pointer: &str| {
+            object
+                .pointer(pointer)
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned()
+        };
+        let (namespace, name) = (text("/metadata/namespace"), text("/metadata/name"));
+        let mut causes = Vec::new();
+        for (field, value) in [("metadata.name", &name), ("metadata.namespace", &namespace)] {
+            if !is_dns_label(value) {
+                causes.push(Cause {
+                    field: field.to_owned(),
+                    message: format!(
+                        "`{value}` must be 1 to 63 lower-case letters, digits and `-`, with a letter or digit at both ends"
+                    ),
+                });
+            }
+        }
+        let bytes = object.to_string().len();
+        if bytes > APPLICATION_BYTES_MAX {
+            causes.push(Cause {
+                field: String::new(),
+                message: format!(
+                    "the application has {bytes} bytes, the limit is {APPLICATION_BYTES_MAX}; split it"
+                ),
+            });
+        }
+        let spec = object.get("spec").cloned().unwrap_or_default();
+        match serde_json::from_value::<ApplicationSpec>(spec) {
+            Err(error) => causes.push(Cause {
+                field: "spec".to_owned(),
+                message: error.to_string(),
+            }),
+            Ok(spec) => {
+                if let Err(errors) = validate(&spec, &namespace, &self.definitions, &self.defaults)
+                {
+                    causes.extend(errors.into_iter().map(|error| Cause {
+                        field: error.path,
+                        message: error.message,
+                    }));
+                }
+            }
+        }
+        if !causes.is_empty() {
+            return Err(ApiError::invalid("krake.dev", "Application", &name, causes));
+        }
+        let deleting = old.is_some_and(|old| old.pointer("/metadata/deletionTimestamp").is_some());
+        let finalizers = object.pointer("/metadata/finalizers").cloned();
+        let mut list: Vec<Value> = finalizers
+            .as_ref()
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default();
+        if !list.iter().any(|f| f == FINALIZER) {
+            if deleting {
+                return Err(ApiError::forbidden(format!(
+                    "the finalizer {FINALIZER} is removed by the federation when no site holds a copy any more"
+                )));
+            }
+            list.push(FINALIZER.into());
+            object["metadata"]["finalizers"] = list.into();
+        }
+        Ok(())
+    }
+}
+
+/// Only what an operator decides may change in a site.
+fn site(object: &Value, old: Option<&Value>) -> Result<(), ApiError> {
+    let Some(old) = old else {
+        return Err(ApiError::method_not_allowed(
+            "sites are made by joining: krakectl token create, then krake-node join",
+        ));
+    };
+    let strip = |object: &Value| {
+        let mut spec = object.get("spec").cloned().unwrap_or_else(|| json!({}));
+        if let Some(spec) = spec.as_object_mut() {
+            spec.remove("cordoned");
+        }
+        spec
+    };
+    if strip(object) == strip(old) {
+        Ok(())
+    } else {
+        Err(ApiError::forbidden(
+            "only spec.cordoned of a site can be changed here; the rest comes from its node's configuration",
+        ))
+    }
+}
+
+#[async_trait]
+impl Admission for KrakeAdmission {
+    async fn admit(
+        &self,
+        kind: &Kind,
+        old: Option<&Value>,
+        object: &mut Value,
+        subresource: &str,
+        _dry_run: bool,
+    ) -> Result<(), ApiError> {
+        if subresource == "status" {
+            return Err(ApiError::forbidden(
+                "the status is written by the federation only",
+            ));
+        }
+        match kind.plural.as_str() {
+            "applications" => self.application(object, old),
+            "sites" => site(object, old),
+            _ => Ok(()),
+        }
+    }
+
+    async fn admit_delete(&self, kind: &Kind, _object: &Value) -> Result<(), ApiError> {
+        if kind.plural == "sites" {
+            return Err(ApiError::method_not_allowed(
+                "a site leaves with its node; removing members is not possible yet",
+            ));
+        }
+        Ok(())
+    }
+}

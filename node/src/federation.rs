@@ -1,0 +1,318 @@
+//! What this node sees of the federation at one moment: for decisions, and for display.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use krake_gossip::{Network, Opinions, Verdict, View, verdict};
+use krake_model::decision::Target;
+use krake_model::report::BackendReport;
+use krake_model::{Genesis, GroupId, MetricDefinition, NodeId, Resources, Timestamp};
+use krake_placement::decide::SiteState;
+use serde_json::{Value, json};
+
+use crate::catalog::Catalog;
+use crate::owner::plan::{Sight, World};
+use crate::store::Overlay;
+
+/// Wall time.
+pub fn now() -> Timestamp {
+    Timestamp::from_millis(jiff::Timestamp::now().as_millisecond())
+}
+
+/// What everything in a node shares. Cheap to clone.
+#[derive(Clone)]
+pub struct Federation {
+    /// The catalog.
+    pub catalog: Catalog,
+    /// The network.
+    pub network: Network,
+    /// The founding record.
+    pub genesis: Arc<Genesis>,
+    /// This node.
+    pub own: NodeId,
+    /// Its site's name.
+    pub site: Arc<str>,
+    /// Silence after which displays call a site lost.
+    pub lost_after: Duration,
+}
+
+impl std::fmt::Debug for Federation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Federation")
+            .field("site", &self.site)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A moment of it.
+#[derive(Debug, Clone)]
+pub struct Moment {
+    sites: Vec<SiteState>,
+    opinions: Opinions,
+    definitions: BTreeMap<String, MetricDefinition>,
+    decided_by: String,
+    now: Timestamp,
+}
+
+impl Moment {
+    /// Replaces the time, for decisions that follow one another on the same view.
+    #[must_use]
+    pub const fn at(mut self, now: Timestamp) -> Self {
+        self.now = now;
+        self
+    }
+}
+
+/// How a node appears to whoever has these opinions.
+pub fn sight(opinions: &Opinions, node: &NodeId, detect_after: Duration) -> Sight {
+    match verdict(opinions, *node, detect_after) {
+        Verdict::Alive => Sight::Alive,
+        Verdict::Lost => Sight::Lost,
+        Verdict::Suspect | Verdict::Isolated => Sight::Suspect,
+    }
+}
+
+/// Whether somebody with these opinions hears no majority of the members.
+pub fn is_isolated(opinions: &Opinions) -> bool {
+    let heard = opinions
+        .members
+        .iter()
+        .filter(|node| {
+            opinions.own == Some(**node)
+                || opinions
+                    .silence
+                    .get(*node)
+                    .is_some_and(|silence| *silence < krake_gossip::SUSPECT_AFTER)
+        })
+        .count();
+    heard * 2 <= opinions.members.len()
+}
+
+impl World for Moment {
+    fn sites(&self) -> &[SiteState] {
+        &self.sites
+    }
+
+    fn sight(&self, node: &NodeId, detect_after: Duration) -> Sight {
+        sight(&self.opinions, node, detect_after)
+    }
+
+    fn isolated(&self) -> bool {
+        is_isolated(&self.opinions)
+    }
+
+    fn definitions(&self) -> &BTreeMap<String, MetricDefinition> {
+        &self.definitions
+    }
+
+    fn decided_by(&self) -> &str {
+        &self.decided_by
+    }
+
+    fn now(&self) -> Timestamp {
+        self.now
+    }
+}
+
+/// The parts of a committed site that decisions use.
+struct CommittedSite {
+    name: String,
+    node: NodeId,
+    labels: BTreeMap<String, String>,
+    cordoned: bool,
+}
+
+impl Federation {
+    fn committed_sites(&self) -> Vec<CommittedSite> {
+        self.catalog
+            .read_all::<Value>(GroupId::META, "sites/")
+            .into_iter()
+            .filter_map(|(_, object, _)| committed_site(&object))
+            .collect()
+    }
+
+    /// What is seen now.
+    pub fn moment(&self) -> Moment {
+        let view = self.network.view();
+        let view = view.borrow();
+        let at = Instant::now();
+        let mut sites = Vec::new();
+        for site in self.committed_sites() {
+            sites.extend(site_states(&site, &view, at));
+        }
+        Moment {
+            sites,
+            opinions: self.network.opinions(),
+            definitions: self.genesis.metrics.clone(),
+            decided_by: self.site.to_string(),
+            now: now(),
+        }
+    }
+
+    fn state_of(&self, node: &NodeId) -> &'static str {
+        match sight(&self.network.opinions(), node, self.lost_after) {
+            Sight::Alive => "Alive",
+            Sight::Suspect => "Suspect",
+            Sight::Lost => "Lost",
+        }
+    }
+
+    fn add_site(&self, object: &mut Value) {
+        let node = object.pointer("/spec/node").and_then(Value::as_str);
+        let Some(node) = node.and_then(|text| text.parse::<NodeId>().ok()) else {
+            return;
+        };
+        let view = self.network.view();
+        let seen = view.borrow().get(&node).cloned();
+        let mut status = json!({"state": self.state_of(&node)});
+        if let Some(seen) = seen {
+            let backends: BTreeMap<&String, Value> = seen
+                .report
+                .backends
+                .iter()
+                .map(|(name, backend)| (name, backend_json(backend)))
+                .collect();
+            status["reportAge"] = age(seen.age(Instant::now())).into();
+            status["observedAt"] = json!(seen.report.observed_at);
+            status["metrics"] = json!(seen.report.metrics);
+            status["backends"] = json!(backends);
+        }
+        object["status"] = status;
+    }
+
+    fn add_node(&self, object: &mut Value) {
+        let node = object.pointer("/spec/node").and_then(Value::as_str);
+        let Some(node) = node.and_then(|text| text.parse::<NodeId>().ok()) else {
+            return;
+        };
+        let replica = object.pointer("/spec/replica").and_then(Value::as_u64);
+        let groups = self.catalog.host.status();
+        let leads = groups
+            .borrow()
+            .values()
+            .filter(|group| group.leader.is_some() && group.leader == replica)
+            .count();
+        let version = self
+            .network
+            .view()
+            .borrow()
+            .get(&node)
+            .map(|seen| seen.report.version.clone());
+        let rtt = self.network.rtts().get(&node).copied();
+        let mut status = json!({"state": self.state_of(&node), "leads": leads});
+        if let Some(version) = version {
+            status["version"] = version.into();
+        }
+        if let Some(rtt) = rtt {
+            status["rttMillis"] = format!("{:.1}", rtt.as_secs_f64() * 1000.0).into();
+        }
+        object["status"] = status;
+    }
+}
+
+fn committed_site(object: &Value) -> Option<CommittedSite> {
+    let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
+    let location = |field: &str| {
+        text(&format!("/spec/location/{field}"))
+            .filter(|value| !value.is_empty())
+            .map(ToOwned::to_owned)
+    };
+    let name = text("/metadata/name")?.to_owned();
+    let mut labels: BTreeMap<String, String> = BTreeMap::from([("site".to_owned(), name.clone())]);
+    // What the site says of its place can be constrained like any label.
+    for (label, field) in [
+        ("country", "country"),
+        ("place", "place"),
+        ("grid-zone", "gridZone"),
+    ] {
+        if let Some(value) = location(field) {
+            labels.insert(label.to_owned(), value);
+        }
+    }
+    if let Some(operator) = text("/spec/operator") {
+        labels.insert("operator".to_owned(), operator.to_owned());
+    }
+    let own = object.pointer("/spec/labels").and_then(Value::as_object);
+    for (key, value) in own.into_iter().flatten() {
+        if let Some(value) = value.as_str() {
+            labels.insert(key.clone(), value.to_owned());
+        }
+    }
+    Some(CommittedSite {
+        name,
+        node: text("/spec/node")?.parse().ok()?,
+        labels,
+        cordoned: object.pointer("/spec/cordoned").and_then(Value::as_bool) == Some(true),
+    })
+}
+
+fn site_states(site: &CommittedSite, view: &View, at: Instant) -> Vec<SiteState> {
+    let state = |backend: &str| SiteState {
+        target: Target {
+            node: site.node,
+            site: site.name.clone(),
+            backend: backend.to_owned(),
+        },
+        labels: site.labels.clone(),
+        metrics: BTreeMap::new(),
+        free: Resources::ZERO,
+        kinds: BTreeSet::new(),
+        unhealthy: None,
+        cordoned: site.cordoned,
+        lost: false,
+        report_age: None,
+        refusals: Vec::new(),
+    };
+    let Some(seen) = view.get(&site.node) else {
+        return vec![state("default")];
+    };
+    seen.report
+        .backends
+        .iter()
+        .map(|(name, backend)| SiteState {
+            metrics: seen.report.metrics.clone(),
+            free: backend.free,
+            kinds: backend.kinds.iter().cloned().collect(),
+            unhealthy: (!backend.healthy).then(|| backend.message.clone()),
+            report_age: Some(seen.age(at)),
+            ..state(name)
+        })
+        .collect()
+}
+
+fn backend_json(backend: &BackendReport) -> Value {
+    let cores = |millis: u64| format!("{:.1}", millis as f64 / 1000.0);
+    let mib = |bytes: u64| format!("{}Mi", bytes >> 20);
+    json!({
+        "healthy": backend.healthy,
+        "message": backend.message,
+        "freeCpu": cores(backend.free.cpu_millis),
+        "freeMemory": mib(backend.free.memory_bytes),
+        "freePods": backend.free.pods,
+        "totalCpu": cores(backend.total.cpu_millis),
+        "totalMemory": mib(backend.total.memory_bytes),
+        "totalPods": backend.total.pods,
+        "reservedCpu": cores(backend.reserved.cpu_millis),
+        "kinds": backend.kinds.len(),
+    })
+}
+
+fn age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    if seconds < 120 {
+        format!("{seconds}s")
+    } else {
+        format!("{}m", seconds / 60)
+    }
+}
+
+impl Overlay for Federation {
+    fn add(&self, plural: &str, object: &mut Value) {
+        match plural {
+            "sites" => self.add_site(object),
+            "nodes" => self.add_node(object),
+            _ => {}
+        }
+    }
+}

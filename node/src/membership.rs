@@ -1,0 +1,718 @@
+//! Founding, joining, admitting, and following who is a member.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use async_trait::async_trait;
+use base64::Engine;
+use krake_consensus::{Command, Expect, Host, MemberInfo, Operation, ProposeError, Transport};
+use krake_gossip::{Handler, Network, NetworkConfig, Peer};
+use krake_model::member::{SignedInvitation, join_proof_bytes};
+use krake_model::{Genesis, GroupId, Invitation, Member, NodeId, Timestamp};
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use crate::catalog::{Catalog, PATIENCE};
+use crate::config::{Config, is_dns_label};
+use crate::datadir::{DataDir, Identity, Membership};
+use crate::federation::{Federation, now};
+use crate::net::Admit;
+use crate::records::{self, TokenRecord, TokenState};
+use crate::rpc::{self, JoinReply, JoinRequest, accepted_until};
+
+/// How long a newcomer waits for an answer.
+const JOIN_TIME: Duration = Duration::from_secs(20);
+/// A member that is silent for longer than this may be replaced as a voter.
+const VOTER_SILENCE: Duration = Duration::from_secs(60);
+/// Contacts named in an invitation.
+const CONTACTS_MAX: usize = 5;
+
+/// What `init` tells its user.
+#[derive(Debug)]
+pub struct Founded {
+    /// The federation's id.
+    pub federation: String,
+    /// Where the admin token is.
+    pub token_file: PathBuf,
+}
+
+struct NoTransport;
+
+#[async_trait]
+impl Transport for NoTransport {
+    fn send(&self, _to: NodeId, _frame: Vec<u8>) -> bool {
+        false
+    }
+
+    async fn call(&self, _: NodeId, _: Vec<u8>, _: Duration) -> Result<Vec<u8>, String> {
+        Err("there is no other node yet".to_owned())
+    }
+}
+
+fn entropy<const N: usize>() -> [u8; N] {
+    rand::random()
+}
+
+/// The catalog's file in a data directory.
+pub fn catalog_path(data: &DataDir) -> PathBuf {
+    data.path().join("catalog.redb")
+}
+
+fn member(config: &Config, identity: &Identity, replica: u64) -> Member {
+    Member {
+        node: identity.node(),
+        replica,
+        site: config.site_record(),
+        addresses: config.advertised().to_vec(),
+        joined_at: now(),
+    }
+}
+
+fn put(key: impl Into<String>, value: bytes::Bytes, expect: Expect) -> Operation {
+    Operation::Put {
+        key: key.into(),
+        value,
+        expect,
+    }
+}
+
+/// The objects that show a member: its site and its node.
+fn objects(member: &Member) -> (Value, Value) {
+    let metadata = |labels: &BTreeMap<String, String>| {
+        json!({
+            "name": member.site.name,
+            "uid": uuid::Uuid::new_v4(),
+            "creationTimestamp": member.joined_at.to_seconds_string(),
+            "generation": 1,
+            "labels": labels,
+        })
+    };
+    let site = json!({
+        "apiVersion": "krake.dev/v1", "kind": "Site", "metadata": metadata(&member.site.labels),
+        "spec": {
+            "operator": member.site.operator,
+            "node": member.node,
+            "cordoned": false,
+            "location": member.site.location,
+            "labels": member.site.labels,
+        },
+    });
+    let node = json!({
+        "apiVersion": "krake.dev/v1", "kind": "Node", "metadata": metadata(&BTreeMap::new()),
+        "spec": {
+            "site": member.site.name,
+            "node": member.node,
+            "replica": member.replica,
+            "addresses": member.addresses,
+        },
+    });
+    (site, node)
+}
+
+/// Founds a federation in a fresh data directory.
+///
+/// # Errors
+/// When the directory is in use or belongs to a federation, or cannot be written.
+pub async fn init(config: &Config) -> anyhow::Result<Founded> {
+    let data = DataDir::open(&config.node.data_dir)?;
+    data.require_fresh()?;
+    let identity = data.identity(entropy)?;
+    let genesis = Genesis {
+        name: config.federation.name.clone(),
+        founder: identity.node(),
+        shard_count: config.federation.shards,
+        metrics: krake_model::metric::default_definitions(),
+        weights: krake_model::metric::default_weights(),
+        nonce: entropy(),
+    };
+    let own = member(config, &identity, 1);
+    let token = format!(
+        "krake-admin-{}",
+        base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(entropy::<32>())
+    );
+    let boot = data.next_boot()?;
+    let path = catalog_path(&data);
+    if path.exists() {
+        // Left by an init that did not get to its end: nobody has seen it.
+        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    let host = Host::start(
+        &krake_consensus::Config::new(identity.node(), 1, path, boot),
+        Arc::new(NoTransport),
+        now,
+    )?;
+    host.set_members(vec![info_of(&own, true)]).await;
+    host.bootstrap(Catalog::all_groups(genesis.shard_count))
+        .await?;
+    let (site, node) = objects(&own);
+    let encoded = genesis.encode()?;
+    let hash = json!(blake3::hash(token.as_bytes()).to_hex().as_str());
+    let operations = vec![
+        put(
+            records::GENESIS,
+            records::write(&json!(hex::encode(&encoded))),
+            Expect::Absent,
+        ),
+        put(
+            records::NEXT_REPLICA,
+            records::write(&2_u64),
+            Expect::Absent,
+        ),
+        put(records::ADMIN_HASH, records::write(&hash), Expect::Absent),
+        put(
+            records::member_key(&own.node),
+            records::write(&own),
+            Expect::Absent,
+        ),
+        put(
+            format!("sites/{}", own.site.name),
+            records::write(&site),
+            Expect::Absent,
+        ),
+        put(
+            format!("nodes/{}", own.site.name),
+            records::write(&node),
+            Expect::Absent,
+        ),
+    ];
+    host.propose(GroupId::META, Command::new(operations), PATIENCE)
+        .await?;
+    host.stop().await;
+    let token_file = data.store_admin_token(&token)?;
+    // Last: a directory without it is not a member of anything.
+    data.store_membership(&Membership {
+        genesis: encoded,
+        replica: 1,
+        members: vec![own],
+    })?;
+    Ok(Founded {
+        federation: genesis.federation_id()?.to_string(),
+        token_file,
+    })
+}
+
+struct Deaf;
+
+#[async_trait]
+impl Handler for Deaf {
+    fn frame(&self, _from: NodeId, _bytes: &[u8]) {}
+
+    async fn call(&self, _from: NodeId, _bytes: &[u8]) -> Result<Vec<u8>, String> {
+        Err("this node is joining".to_owned())
+    }
+
+    async fn join(&self, _from: NodeId, _bytes: &[u8]) -> Result<Vec<u8>, String> {
+        Err("this node is joining itself".to_owned())
+    }
+}
+
+/// Joins the federation that an invitation is for; returns its name.
+///
+/// # Errors
+/// When the token is damaged, expired, used or revoked, nobody answers, or the data directory is
+/// in use or belongs to a federation.
+pub async fn join(config: &Config, token: &str) -> anyhow::Result<String> {
+    let signed: SignedInvitation = token.parse()?;
+    let invitation = signed.open()?;
+    if accepted_until(invitation.expires_at) < now() {
+        bail!(
+            "the token expired at {}; ask for a new one (krakectl token create)",
+            invitation.expires_at
+        );
+    }
+    let data = DataDir::open(&config.node.data_dir)?;
+    data.require_fresh()?;
+    let identity = data.identity(entropy)?;
+    let network = Network::start(
+        NetworkConfig {
+            secret_key: *identity.seed(),
+            federation: invitation.federation,
+            listen: Vec::new(),
+            connections_max: 16,
+        },
+        Arc::new(Deaf),
+    )
+    .await?;
+    let site = config.site_record();
+    let addresses = config.advertised().to_vec();
+    let proof = identity.sign(&join_proof_bytes(
+        &invitation.federation,
+        &invitation.id,
+        &JoinRequest::site_bytes(&site, &addresses)?,
+    ));
+    let mut halves = [[0_u8; 32]; 2];
+    halves[0].copy_from_slice(&proof[..32]);
+    halves[1].copy_from_slice(&proof[32..]);
+    let request = rpc::encode(&JoinRequest {
+        invitation: signed,
+        node: identity.node(),
+        site,
+        addresses,
+        proof: halves,
+    })?;
+    let mut contacts: BTreeMap<NodeId, Vec<String>> = BTreeMap::new();
+    for (node, address) in &invitation.contacts {
+        contacts.entry(*node).or_default().push(address.clone());
+    }
+    let mut failures = Vec::new();
+    for (node, addresses) in &contacts {
+        match network.join(*node, addresses, &request, JOIN_TIME).await {
+            Err(error) => failures.push(format!("{} ({error})", addresses.join(", "))),
+            Ok(bytes) => match rpc::decode::<JoinReply>(&bytes)? {
+                JoinReply::Refused { code, message } => bail!("{message} [{code}]"),
+                JoinReply::Admitted {
+                    genesis,
+                    replica,
+                    members,
+                } => {
+                    let read = Genesis::decode(&genesis)?;
+                    if read.federation_id()? != invitation.federation {
+                        bail!(
+                            "the node that answered belongs to another federation than the token"
+                        );
+                    }
+                    data.store_membership(&Membership {
+                        genesis,
+                        replica,
+                        members,
+                    })?;
+                    return Ok(read.name);
+                }
+            },
+        }
+    }
+    bail!(
+        "no node of the federation answered: {}. Check that they run and can be reached from here",
+        failures.join("; ")
+    )
+}
+
+/// Admits newcomers with an invitation.
+pub struct Door {
+    federation: Federation,
+}
+
+impl std::fmt::Debug for Door {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Door").finish_non_exhaustive()
+    }
+}
+
+type Refusal = (&'static str, String);
+
+impl Door {
+    /// The door of a federation.
+    pub const fn new(federation: Federation) -> Self {
+        Self { federation }
+    }
+
+    async fn try_admit(&self, from: NodeId, request: &JoinRequest) -> Result<JoinReply, Refusal> {
+        let catalog = &self.federation.catalog;
+        let own = self
+            .federation
+            .genesis
+            .federation_id()
+            .map_err(|error| ("krake::internal", error.to_string()))?;
+        let invitation = request
+            .invitation
+            .open()
+            .map_err(|error| ("krake::token-invalid", error.to_string()))?;
+        if invitation.federation != own {
+            return Err((
+                "krake::other-federation",
+                "the token is for another federation".to_owned(),
+            ));
+        }
+        let signed = JoinRequest::site_bytes(&request.site, &request.addresses)
+            .map(|site| join_proof_bytes(&own, &invitation.id, &site))
+            .map_err(|error| ("krake::invalid", error.to_string()))?;
+        let mut proof = [0_u8; 64];
+        proof[..32].copy_from_slice(&request.proof[0]);
+        proof[32..].copy_from_slice(&request.proof[1]);
+        if request.node != from || !from.verify(&signed, &proof) {
+            return Err((
+                "krake::proof",
+                "the request is not signed by the node that sent it".to_owned(),
+            ));
+        }
+        check_site(request, invitation.site.as_deref())?;
+        catalog
+            .host
+            .read_barrier(&[GroupId::META], PATIENCE)
+            .await
+            .map_err(|error| ("krake::unavailable", error.to_string()))?;
+        for _ in 0..20 {
+            if let Some(reply) = self.admit_once(request, &invitation).await? {
+                return Ok(reply);
+            }
+        }
+        Err((
+            "krake::busy",
+            "too many nodes join at once; try again".to_owned(),
+        ))
+    }
+
+    /// `None`: somebody was faster; look again.
+    async fn admit_once(
+        &self,
+        request: &JoinRequest,
+        invitation: &Invitation,
+    ) -> Result<Option<JoinReply>, Refusal> {
+        let catalog = &self.federation.catalog;
+        let meta = GroupId::META;
+        let key = records::token_key(&invitation.id);
+        let Some((token, token_entry)) = catalog.read::<TokenRecord>(meta, &key) else {
+            return Err((
+                "krake::token-unknown",
+                "the token is not known here; ask for a new one (krakectl token create)".to_owned(),
+            ));
+        };
+        let known = catalog.read::<Member>(meta, &records::member_key(&request.node));
+        if let Some((member, _)) = &known
+            && token.used_by.as_deref() == Some(request.node.to_string().as_str())
+        {
+            // The answer got lost; the same node asks again.
+            return Ok(Some(self.admitted(member.replica)?));
+        }
+        check_token(&token)?;
+        if known.is_some() {
+            return Err((
+                "krake::already-member",
+                "this node is a member already; start it with krake-node run".to_owned(),
+            ));
+        }
+        let site_key = format!("sites/{}", request.site.name);
+        if catalog.host.get(meta, &site_key).is_some() {
+            return Err((
+                "krake::site-taken",
+                format!(
+                    "the federation has a site `{}` already; set another site.name",
+                    request.site.name
+                ),
+            ));
+        }
+        let Some((replica, replica_entry)) = catalog.read::<u64>(meta, records::NEXT_REPLICA)
+        else {
+            return Err((
+                "krake::internal",
+                "the replica counter is missing".to_owned(),
+            ));
+        };
+        let member = Member {
+            node: request.node,
+            replica,
+            site: request.site.clone(),
+            addresses: request.addresses.clone(),
+            joined_at: now(),
+        };
+        let used = TokenRecord {
+            state: TokenState::Used,
+            used_by: Some(request.node.to_string()),
+            ..token
+        };
+        let (site, node) = objects(&member);
+        let operations = vec![
+            put(
+                key,
+                records::write(&used),
+                Expect::Revision(token_entry.modified),
+            ),
+            put(
+                records::NEXT_REPLICA,
+                records::write(&(replica + 1)),
+                Expect::Revision(replica_entry.modified),
+            ),
+            put(
+                records::member_key(&request.node),
+                records::write(&member),
+                Expect::Absent,
+            ),
+            put(site_key, records::write(&site), Expect::Absent),
+            put(
+                format!("nodes/{}", member.site.name),
+                records::write(&node),
+                Expect::Absent,
+            ),
+        ];
+        match catalog
+            .host
+            .propose(meta, Command::new(operations), PATIENCE)
+            .await
+        {
+            Ok(_) => {
+                info!(site = member.site.name, node = %member.node, "a node was admitted");
+                // This node's replica has it once it is read back.
+                let _ = catalog.host.read_barrier(&[meta], PATIENCE).await;
+                Ok(Some(self.admitted(replica)?))
+            }
+            Err(ProposeError::Conflict { .. }) => {
+                let _ = catalog.host.read_barrier(&[meta], PATIENCE).await;
+                Ok(None)
+            }
+            Err(error) => Err(("krake::unavailable", error.to_string())),
+        }
+    }
+
+    fn admitted(&self, replica: u64) -> Result<JoinReply, Refusal> {
+        let genesis = self
+            .federation
+            .genesis
+            .encode()
+            .map_err(|error| ("krake::internal", error.to_string()))?;
+        Ok(JoinReply::Admitted {
+            genesis,
+            replica,
+            members: self.federation.catalog.members(),
+        })
+    }
+}
+
+fn check_token(token: &TokenRecord) -> Result<(), Refusal> {
+    match token.state {
+        TokenState::Used => Err((
+            "krake::token-used",
+            "the token was used already; each admits one node (krakectl token create)".to_owned(),
+        )),
+        TokenState::Revoked => Err(("krake::token-revoked", "the token was revoked".to_owned())),
+        TokenState::Open if accepted_until(token.expires_at) < now() => Err((
+            "krake::token-expired",
+            format!(
+                "the token expired at {}; ask for a new one (krakectl token create)",
+                token.expires_at
+            ),
+        )),
+        TokenState::Open => Ok(()),
+    }
+}
+
+fn check_site(request: &JoinRequest, only: Option<&str>) -> Result<(), Refusal> {
+    let name = &request.site.name;
+    if !is_dns_label(name) {
+        return Err(("krake::invalid", format!("`{name}` is not a site name")));
+    }
+    if let Some(only) = only
+        && only != name
+    {
+        return Err((
+            "krake::other-site",
+            format!("the token is for the site `{only}`, this node's site.name is `{name}`"),
+        ));
+    }
+    if request.addresses.is_empty() || request.addresses.len() > 16 {
+        return Err(("krake::invalid", "a node has 1 to 16 addresses".to_owned()));
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl Admit for Door {
+    async fn admit(&self, from: NodeId, request: JoinRequest) -> JoinReply {
+        match self.try_admit(from, &request).await {
+            Ok(reply) => reply,
+            Err((code, message)) => {
+                info!(%from, code, message, "a node was not admitted");
+                JoinReply::Refused {
+                    code: code.to_owned(),
+                    message,
+                }
+            }
+        }
+    }
+}
+
+/// A member as the voter choice sees it.
+pub fn info_of(member: &Member, alive: bool) -> MemberInfo {
+    MemberInfo {
+        replica: member.replica,
+        node: member.node,
+        operator: member.site.operator.clone(),
+        grid_zone: member.site.location.grid_zone.clone(),
+        country: member.site.location.country.clone(),
+        alive,
+    }
+}
+
+/// Tells network and catalog who the members are.
+pub async fn apply_members(federation: &Federation, members: &[Member]) {
+    let peers = members
+        .iter()
+        .map(|member| Peer {
+            node: member.node,
+            addresses: member.addresses.clone(),
+        })
+        .collect();
+    federation.network.set_members(peers).await;
+    apply_voters(federation, members).await;
+}
+
+async fn apply_voters(federation: &Federation, members: &[Member]) {
+    let opinions = federation.network.opinions();
+    let infos = members
+        .iter()
+        .map(|member| {
+            let silence = opinions.silence.get(&member.node);
+            let alive = member.node == federation.own
+                || silence.is_none_or(|silence| *silence < VOTER_SILENCE);
+            info_of(member, alive)
+        })
+        .collect();
+    federation.catalog.host.set_members(infos).await;
+}
+
+/// Follows the members until the program ends; they are kept in the data directory for the next
+/// start.
+pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: Membership) {
+    let mut batches = federation.catalog.host.watch();
+    let mut care = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        let look = tokio::select! {
+            batch = batches.recv() => match batch {
+                Ok(batch) => batch.group == GroupId::META
+                    && (batch.reset || batch.changes.iter().any(|c| c.key.starts_with(records::MEMBERS))),
+                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => true,
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+            },
+            _ = care.tick() => {
+                apply_voters(&federation, &membership.members).await;
+                false
+            }
+        };
+        if !look {
+            continue;
+        }
+        let members = federation.catalog.members();
+        // A replica that just begins may know fewer members than we were told when we joined.
+        if members.len() < membership.members.len() || members == membership.members {
+            continue;
+        }
+        apply_members(&federation, &members).await;
+        membership.members = members;
+        if let Err(error) = data.store_membership(&membership) {
+            warn!(%error, "the members could not be noted");
+        }
+    }
+}
+
+/// Brings what the catalog says of this node in line with its configuration.
+pub async fn publish_own(federation: Federation, config: Config) {
+    let meta = GroupId::META;
+    let catalog = &federation.catalog;
+    loop {
+        if catalog.host.read_barrier(&[meta], PATIENCE).await.is_ok() {
+            match try_publish(&federation, &config).await {
+                Ok(()) => return,
+                Err(error) => {
+                    warn!(%error, "the catalog does not have this site's configuration yet")
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+async fn try_publish(federation: &Federation, config: &Config) -> anyhow::Result<()> {
+    let meta = GroupId::META;
+    let catalog = &federation.catalog;
+    let key = records::member_key(&federation.own);
+    let (mut own, entry) = catalog
+        .read::<Member>(meta, &key)
+        .context("this node is not in the list of members")?;
+    let site = config.site_record();
+    if own.site.name != site.name {
+        bail!(
+            "site.name is `{}` in the configuration, but this node joined as `{}`; names cannot be changed",
+            site.name,
+            own.site.name
+        );
+    }
+    let addresses = config.advertised().to_vec();
+    if own.site == site && own.addresses == addresses {
+        return Ok(());
+    }
+    own.site = site;
+    own.addresses = addresses;
+    let (new_site, new_node) = objects(&own);
+    let mut operations = vec![put(
+        key,
+        records::write(&own),
+        Expect::Revision(entry.modified),
+    )];
+    for (plural, new) in [("sites", new_site), ("nodes", new_node)] {
+        let key = format!("{plural}/{}", own.site.name);
+        let Some((mut object, entry)) = catalog.read::<Value>(meta, &key) else {
+            continue;
+        };
+        let cordoned = object.pointer("/spec/cordoned").cloned();
+        object["spec"] = new["spec"].clone();
+        if let Some(cordoned) = cordoned {
+            object["spec"]["cordoned"] = cordoned;
+        }
+        operations.push(put(
+            key,
+            records::write(&object),
+            Expect::Revision(entry.modified),
+        ));
+    }
+    catalog
+        .host
+        .propose(meta, Command::new(operations), PATIENCE)
+        .await?;
+    info!("the federation knows this site's new configuration");
+    Ok(())
+}
+
+/// Makes an invitation: its text, its id and when it expires.
+///
+/// # Errors
+/// When it cannot be written to the catalog.
+pub async fn invite(
+    federation: &Federation,
+    identity: &Identity,
+    lifetime: Duration,
+    site: Option<String>,
+) -> anyhow::Result<(String, String, Timestamp)> {
+    let id: [u8; 16] = entropy();
+    let expires_at = now().plus_millis(i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX));
+    let mut members = federation.catalog.members();
+    members.sort_by_key(|member| member.node != federation.own);
+    let contacts = members
+        .iter()
+        .take(CONTACTS_MAX)
+        .flat_map(|member| {
+            member
+                .addresses
+                .iter()
+                .map(|address| (member.node, address.clone()))
+        })
+        .collect();
+    let invitation = Invitation {
+        federation: federation.genesis.federation_id()?,
+        id,
+        expires_at,
+        site: site.clone(),
+        contacts,
+        issuer: federation.own,
+    };
+    let signed = SignedInvitation::sign(&invitation, |bytes| identity.sign(bytes))?;
+    let record = TokenRecord {
+        expires_at,
+        site,
+        issuer: federation.site.to_string(),
+        state: TokenState::Open,
+        used_by: None,
+    };
+    let operations = vec![put(
+        records::token_key(&id),
+        records::write(&record),
+        Expect::Absent,
+    )];
+    federation
+        .catalog
+        .host
+        .propose(GroupId::META, Command::new(operations), PATIENCE)
+        .await?;
+    Ok((signed.to_string(), hex::encode(id), expires_at))
+}

@@ -1,0 +1,451 @@
+//! When to look at which app, and the memory of each.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use krake_consensus::{Batch, Entry};
+use krake_model::{AppKey, ApplicationSpec, DecisionRecord, GroupId, NodeId, Timestamp};
+use krake_placement::spec::{Defaults, validate};
+use parking_lot::Mutex;
+use serde_json::Value;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tracing::{error, info};
+
+use super::effects::Effects;
+use super::plan::{Memory, StoredApp};
+use crate::catalog::{Catalog, epoch_of};
+use crate::federation::{Federation, now};
+use crate::records::{self, AssignRecord, CopyReport, PlacementStatus, ReportedState, Tombstone};
+
+/// Apps decided upon at once.
+const AT_ONCE: usize = 64;
+/// While a site is silent all apps are looked at this often.
+const SUSPICION_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The owner of the apps in the shards this node leads. Cheap to clone.
+#[derive(Clone)]
+pub struct Owner {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub(super) federation: Federation,
+    pub(super) defaults: Defaults,
+    pub(super) agent: crate::site::agent::Agent,
+    state: Mutex<State>,
+    wake: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    memories: BTreeMap<AppKey, Arc<Mutex<Memory>>>,
+    dirty: BTreeSet<AppKey>,
+    busy: BTreeSet<AppKey>,
+    /// When an app is looked at without a reason.
+    due: BTreeMap<AppKey, Timestamp>,
+    led: BTreeSet<GroupId>,
+    /// What of each site's report decisions depend on, as last seen.
+    seen: BTreeMap<NodeId, String>,
+}
+
+/// An app to look at, and what is remembered of it.
+type Due = (AppKey, Arc<Mutex<Memory>>);
+
+impl std::fmt::Debug for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owner").finish_non_exhaustive()
+    }
+}
+
+impl Owner {
+    /// An owner; nothing is decided before [`Owner::start`].
+    pub fn new(
+        federation: Federation,
+        defaults: Defaults,
+        agent: crate::site::agent::Agent,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                federation,
+                defaults,
+                agent,
+                state: Mutex::default(),
+                wake: Notify::new(),
+            }),
+        }
+    }
+
+    /// Starts the tasks; they run until the program ends. `reports` brings what sites say.
+    pub fn start(&self, reports: mpsc::Receiver<CopyReport>) {
+        tokio::spawn(self.clone().follow_catalog());
+        tokio::spawn(self.clone().follow_leadership());
+        tokio::spawn(self.clone().follow_view());
+        tokio::spawn(self.clone().follow_reports(reports));
+        tokio::spawn(self.clone().follow_silence());
+        tokio::spawn(self.clone().dispatch());
+    }
+
+    /// Whether this node owns an app.
+    pub fn owns(&self, app: &AppKey) -> bool {
+        let catalog = &self.inner.federation.catalog;
+        catalog.host.leads(catalog.group_of(app))
+    }
+
+    /// How many apps this node owns.
+    pub fn owned(&self) -> usize {
+        self.inner.state.lock().memories.len()
+    }
+
+    fn look_at(&self, apps: impl IntoIterator<Item = AppKey>) {
+        let mut state = self.inner.state.lock();
+        for app in apps {
+            state.due.remove(&app);
+            state.dirty.insert(app);
+        }
+        drop(state);
+        self.inner.wake.notify_one();
+    }
+
+    /// Looks at all owned apps; with `decide` also where nothing calls for a decision.
+    fn look_at_all(&self, decide: bool) {
+        let mut state = self.inner.state.lock();
+        let State {
+            memories, dirty, ..
+        } = &mut *state;
+        for (app, memory) in memories {
+            if decide {
+                memory.lock().next_look = Timestamp::default();
+            }
+            dirty.insert(app.clone());
+        }
+        drop(state);
+        self.inner.wake.notify_one();
+    }
+
+    async fn follow_catalog(self) {
+        let mut batches = self.inner.federation.catalog.host.watch();
+        loop {
+            match batches.recv().await {
+                Ok(batch) if batch.group == GroupId::META => {
+                    if batch.reset || batch.changes.iter().any(|c| c.key.starts_with("sites/")) {
+                        self.look_at_all(true);
+                    }
+                }
+                Ok(batch) if batch.reset => self.look_at(self.apps_of(batch.group)),
+                Ok(batch) => {
+                    let led = self.inner.state.lock().led.contains(&batch.group);
+                    if led {
+                        self.look_at(touched(&batch));
+                    }
+                }
+                Err(RecvError::Lagged(_)) => {
+                    let led = self.inner.state.lock().led.clone();
+                    for group in led {
+                        self.look_at(self.apps_of(group));
+                    }
+                }
+                Err(RecvError::Closed) => return,
+            }
+        }
+    }
+
+    fn apps_of(&self, group: GroupId) -> Vec<AppKey> {
+        let (entries, _) = self
+            .inner
+            .federation
+            .catalog
+            .host
+            .list(group, "applications/");
+        entries
+            .iter()
+            .filter_map(|(key, _)| app_of_key(key))
+            .collect()
+    }
+
+    async fn follow_leadership(self) {
+        let mut status = self.inner.federation.catalog.host.status();
+        loop {
+            let led: BTreeSet<GroupId> = status
+                .borrow_and_update()
+                .values()
+                .filter(|group| group.leads && group.group != GroupId::META)
+                .map(|group| group.group)
+                .collect();
+            let new: Vec<GroupId> = {
+                let mut state = self.inner.state.lock();
+                let new = led.difference(&state.led).copied().collect();
+                let catalog = &self.inner.federation.catalog;
+                state
+                    .memories
+                    .retain(|app, _| led.contains(&catalog.group_of(app)));
+                state
+                    .due
+                    .retain(|app, _| led.contains(&catalog.group_of(app)));
+                state.led = led;
+                new
+            };
+            for group in new {
+                info!(%group, "this node leads the group");
+                self.look_at(self.apps_of(group));
+            }
+            if status.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// A site's report counts as changed when its health, its kinds or its metrics did; load and
+    /// latency change all the time and wait for the timer.
+    async fn follow_view(self) {
+        let mut view = self.inner.federation.network.view();
+        loop {
+            let now: BTreeMap<NodeId, String> = view
+                .borrow_and_update()
+                .iter()
+                .map(|(node, seen)| {
+                    let metrics: Vec<_> = seen
+                        .report
+                        .metrics
+                        .iter()
+                        .filter(|(name, _)| !matches!(name.as_str(), "load" | "latency"))
+                        .collect();
+                    let backends: Vec<_> = seen
+                        .report
+                        .backends
+                        .iter()
+                        .map(|(name, b)| (name, b.healthy, b.kinds.len()))
+                        .collect();
+                    (*node, format!("{metrics:?}{backends:?}"))
+                })
+                .collect();
+            let changed = {
+                let mut state = self.inner.state.lock();
+                let changed = state.seen != now;
+                state.seen = now;
+                changed
+            };
+            if changed {
+                self.look_at_all(true);
+            }
+            if view.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn follow_silence(self) {
+        let mut interval = tokio::time::interval(SUSPICION_INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut before = 0;
+        loop {
+            interval.tick().await;
+            let silent = self.inner.federation.network.unheard().len();
+            if silent > 0 || before > 0 {
+                self.look_at_all(false);
+            }
+            before = silent;
+        }
+    }
+
+    async fn follow_reports(self, mut reports: mpsc::Receiver<CopyReport>) {
+        while let Some(report) = reports.recv().await {
+            let app = report.app.clone();
+            if !self.owns(&app) {
+                continue;
+            }
+            if report.state == ReportedState::Gone {
+                tokio::spawn(self.clone().clear_tombstone(report.clone()));
+            }
+            {
+                let mut state = self.inner.state.lock();
+                let memory = Arc::clone(state.memories.entry(app.clone()).or_default());
+                drop(state);
+                let key = (report.node, report.backend.clone());
+                let mut memory = memory.lock();
+                let newer = memory
+                    .reports
+                    .get(&key)
+                    .is_none_or(|old| old.uid != report.uid || old.epoch <= report.epoch);
+                if newer {
+                    memory.reports.insert(key, report);
+                }
+            }
+            self.look_at([app]);
+        }
+    }
+
+    /// A site that was away has removed its copy of a deleted app.
+    async fn clear_tombstone(self, report: CopyReport) {
+        let catalog = &self.inner.federation.catalog;
+        let group = catalog.group_of(&report.app);
+        let key = records::tomb_key(&report.uid);
+        let Some((mut tomb, entry)) = catalog.read::<Tombstone>(group, &key) else {
+            return;
+        };
+        tomb.targets.retain(|target| target.node != report.node);
+        if let Err(error) = super::effects::write_tombstone(catalog, &tomb, &entry).await {
+            info!(app = %report.app, %error, "a tombstone stays for now");
+        }
+    }
+
+    async fn dispatch(self) {
+        let slots = Arc::new(Semaphore::new(AT_ONCE));
+        loop {
+            let (next, wait) = self.next();
+            let Some((app, memory)) = next else {
+                tokio::select! {
+                    () = self.inner.wake.notified() => {}
+                    () = tokio::time::sleep(wait) => {}
+                }
+                continue;
+            };
+            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+                return;
+            };
+            let owner = self.clone();
+            tokio::spawn(async move {
+                let due = Effects::new(&owner).work_on(&app, &memory).await;
+                owner.done(app, due);
+                drop(slot);
+            });
+        }
+    }
+
+    /// The next app to look at, or how long nothing is due.
+    fn next(&self) -> (Option<Due>, Duration) {
+        let now = now();
+        let mut state = self.inner.state.lock();
+        let due: Vec<AppKey> = state
+            .due
+            .iter()
+            .filter(|(_, at)| **at <= now)
+            .map(|(app, _)| app.clone())
+            .collect();
+        for app in due {
+            state.due.remove(&app);
+            state.dirty.insert(app);
+        }
+        let next = state
+            .dirty
+            .iter()
+            .find(|app| !state.busy.contains(*app))
+            .cloned();
+        if let Some(app) = next {
+            state.dirty.remove(&app);
+            state.busy.insert(app.clone());
+            let memory = Arc::clone(state.memories.entry(app.clone()).or_default());
+            return (Some((app, memory)), Duration::ZERO);
+        }
+        let wait = state
+            .due
+            .values()
+            .min()
+            .map_or(1000, |at| at.millis_since(now));
+        (None, Duration::from_millis(wait.clamp(5, 1000)))
+    }
+
+    fn done(&self, app: AppKey, due: Option<Timestamp>) {
+        let mut state = self.inner.state.lock();
+        state.busy.remove(&app);
+        match due {
+            Some(due) => {
+                state.due.insert(app, due);
+            }
+            None => {
+                state.memories.remove(&app);
+            }
+        }
+        drop(state);
+        self.inner.wake.notify_one();
+    }
+}
+
+fn app_of_key(key: &str) -> Option<AppKey> {
+    let mut parts = key.splitn(3, '/');
+    let (_, namespace, name) = (parts.next()?, parts.next()?, parts.next()?);
+    Some(AppKey::new(namespace, name))
+}
+
+fn touched(batch: &Batch) -> Vec<AppKey> {
+    batch
+        .changes
+        .iter()
+        .filter(|change| {
+            change.key.starts_with("applications/") || change.key.starts_with(records::ASSIGN)
+        })
+        .filter_map(|change| app_of_key(&change.key))
+        .collect()
+}
+
+/// An app with the entries it was read from.
+pub(super) struct Loaded {
+    pub(super) app: StoredApp,
+    pub(super) object: Value,
+    pub(super) entry: Entry,
+    pub(super) assign: Option<Entry>,
+    pub(super) placement: Option<(Value, Entry)>,
+    pub(super) status: PlacementStatus,
+}
+
+/// Reads everything stored about an app; `None`: it is gone or cannot be understood.
+pub(super) fn load(
+    catalog: &Catalog,
+    federation: &Federation,
+    defaults: &Defaults,
+    app: &AppKey,
+) -> Option<Loaded> {
+    let group = catalog.group_of(app);
+    let key = records::object_key("applications", &app.namespace, &app.name);
+    let (object, entry) = catalog.read::<Value>(group, &key)?;
+    let spec = object.get("spec").cloned().unwrap_or_default();
+    let spec: ApplicationSpec = match serde_json::from_value(spec) {
+        Ok(spec) => spec,
+        Err(error) => {
+            error!(%app, %error, "the stored spec is not readable; the app stays as it is");
+            return None;
+        }
+    };
+    let definitions = &federation.genesis.metrics;
+    let (policy, needs) = match validate(&spec, &app.namespace, definitions, defaults) {
+        Ok(resolved) => resolved,
+        Err(errors) => {
+            error!(%app, ?errors, "the stored spec is not valid any more; the app stays as it is");
+            return None;
+        }
+    };
+    let assign = catalog.read::<AssignRecord>(group, &records::assign_key(app));
+    let placement_key = records::object_key("placements", &app.namespace, &app.name);
+    let placement = catalog.read::<Value>(group, &placement_key);
+    let status: PlacementStatus = placement
+        .as_ref()
+        .and_then(|(object, _)| object.get("status").cloned())
+        .and_then(|status| serde_json::from_value(status).ok())
+        .unwrap_or_default();
+    let decision: Option<DecisionRecord> = status.decision.clone();
+    let uid = object.pointer("/metadata/uid").and_then(Value::as_str)?;
+    Some(Loaded {
+        app: StoredApp {
+            app: app.clone(),
+            uid: uid.parse().ok()?,
+            generation: object
+                .pointer("/metadata/generation")
+                .and_then(Value::as_i64)
+                .unwrap_or(1),
+            spec,
+            needs,
+            policy,
+            deleting: object.pointer("/metadata/deletionTimestamp").is_some(),
+            assign: assign
+                .as_ref()
+                .map(|(assign, entry)| (assign.clone(), epoch_of(entry))),
+            decision,
+        },
+        object,
+        entry,
+        assign: assign.map(|(_, entry)| entry),
+        placement,
+        status,
+    })
+}

@@ -1,0 +1,7 @@
+//! The owner's side: for every app in a shard that this node leads, decide where it runs and keep
+//! its status true.
+
+pub mod controller;
+mod effects;
+pub mod plan;
+pub mod status;

@@ -1,6 +1,7 @@
 //! Runs the core: one thread that owns it, its file and its clock, and the handle others use.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -165,7 +166,9 @@ impl Host {
         let thread = std::thread::Builder::new()
             .name("krake-consensus".to_owned())
             .spawn(move || {
-                if let Err(failure) = engine.run() {
+                let ended = catch_unwind(AssertUnwindSafe(|| engine.run()))
+                    .unwrap_or_else(|_| Err(DiskError::Io("its thread panicked".to_owned())));
+                if let Err(failure) = ended {
                     error!(%failure, "the catalog stops: nothing may be acknowledged that is not on disk");
                     failure_sender.send_replace(Some(failure.to_string()));
                 }

@@ -129,6 +129,7 @@ pub struct Network {
     commands: mpsc::Sender<Command>,
     streams: libp2p_stream::Control,
     join: libp2p_stream::Control,
+    runtime: tokio::runtime::Handle,
 }
 
 impl std::fmt::Debug for Network {
@@ -275,6 +276,7 @@ impl Network {
             commands,
             streams: streams.clone(),
             join: join.clone(),
+            runtime: tokio::runtime::Handle::current(),
         };
         let registered = |_| NetworkError::Start("a protocol is registered twice".to_owned());
         let frames = streams.accept(streams::FRAMES).map_err(registered)?;
@@ -346,7 +348,9 @@ impl Network {
         let mut queues = self.shared.queues.lock();
         let queue = queues.entry(to).or_insert_with(|| {
             let (sender, receiver) = mpsc::channel(FRAME_QUEUE);
-            tokio::spawn(write_frames(receiver, self.streams.clone(), peer));
+            // The caller may be a thread of its own, outside the runtime.
+            self.runtime
+                .spawn(write_frames(receiver, self.streams.clone(), peer));
             sender
         });
         queue.try_send(frame).is_ok()

@@ -19,7 +19,27 @@ pub struct Column {
     pub json_path: String,
     /// Above 0: only with `-o wide`.
     pub priority: i64,
+    /// What it shows when no path can say it.
+    pub compute: Option<Compute>,
 }
+
+/// A cell that is worked out from the whole object.
+#[derive(Clone, Copy)]
+pub struct Compute(pub fn(&Value) -> Value);
+
+impl std::fmt::Debug for Compute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Compute")
+    }
+}
+
+impl PartialEq for Compute {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::fn_addr_eq(self.0, other.0)
+    }
+}
+
+impl Eq for Compute {}
 
 impl Column {
     /// A column of kind `string` that is always shown.
@@ -30,6 +50,15 @@ impl Column {
             description: description.to_owned(),
             json_path: json_path.to_owned(),
             priority: 0,
+            compute: None,
+        }
+    }
+
+    /// A column whose cells are worked out.
+    pub fn computed(name: &str, description: &str, compute: fn(&Value) -> Value) -> Self {
+        Self {
+            compute: Some(Compute(compute)),
+            ..Self::new(name, "", description)
         }
     }
 

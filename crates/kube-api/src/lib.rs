@@ -12,10 +12,12 @@ pub mod schema;
 pub mod selector;
 pub mod service;
 pub mod store;
+mod strategic;
 pub mod table;
 mod write;
 
 pub use crate::error::{ApiError, Cause};
-pub use crate::kinds::{Column, Kind, Registry};
-pub use crate::service::{Admission, AdmitAll, FieldValidation, Service};
+pub use crate::kinds::{Column, Compute, Kind, Registry};
+pub use crate::service::{Admission, AdmitAll, FieldValidation, Hold, Service};
 pub use crate::store::{Event, EventKind, EventLog, Freshness, Listing, MemoryStore, Store};
+pub use crate::write::{finalizers, marked};

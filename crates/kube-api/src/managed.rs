@@ -1,18 +1,21 @@
 //! Server-side apply and field ownership (KEP-555): who set which field, in `FieldsV1` form.
 //!
-//! Maps merge by key; lists are atomic: the owner of a list owns all of it. That holds for every
-//! list of Krake's kinds, and for custom resources whose schema does not say otherwise.
+//! Maps merge by key. Lists merge as the schema says (`x-kubernetes-list-type`): by their keys
+//! (`map`), by value (`set`), or not at all (`atomic`, the default): then the owner of a list owns
+//! all of it. What no schema describes merges as in a custom resource: maps by key, lists atomic.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
 use crate::error::{ApiError, Cause};
+use crate::schema;
 
-/// A field: keys from the root.
+/// A field, from the root, in the notation of `FieldsV1`: `f:name` in a map, `k:{"name":"a"}` for
+/// the item of a list with these keys, `v:"a"` for an item of a set.
 type Path = Vec<String>;
 
-/// Fields as a set of leaves.
+/// Fields as a set of leaves, with the items of keyed lists beside what is in them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Fields(BTreeSet<Path>);
 
@@ -43,90 +46,231 @@ pub struct Writer {
 /// Fields that belong to the server or name the object; nobody owns them.
 fn is_identity(path: &[String]) -> bool {
     match path {
-        [root] => matches!(root.as_str(), "apiVersion" | "kind" | "metadata"),
-        [root, field] if root == "metadata" => matches!(
+        [root] => matches!(root.as_str(), "f:apiVersion" | "f:kind" | "f:metadata"),
+        [root, field] if root == "f:metadata" => matches!(
             field.as_str(),
-            "name"
-                | "namespace"
-                | "uid"
-                | "resourceVersion"
-                | "generation"
-                | "creationTimestamp"
-                | "deletionTimestamp"
-                | "deletionGracePeriodSeconds"
-                | "managedFields"
-                | "selfLink"
-                | "generateName"
+            "f:name"
+                | "f:namespace"
+                | "f:uid"
+                | "f:resourceVersion"
+                | "f:generation"
+                | "f:creationTimestamp"
+                | "f:deletionTimestamp"
+                | "f:deletionGracePeriodSeconds"
+                | "f:managedFields"
+                | "f:selfLink"
+                | "f:generateName"
         ),
         _ => false,
     }
 }
 
-fn leaves(value: &Value) -> Fields {
+fn leaves(schema: Option<&Value>, value: &Value) -> Fields {
     let mut fields = BTreeSet::new();
-    collect(value, &mut Vec::new(), &mut fields);
+    collect(schema, value, &mut Vec::new(), &mut fields);
     Fields(fields)
 }
 
-fn collect(value: &Value, path: &mut Path, into: &mut BTreeSet<Path>) {
-    let leaf = |path: &Path, into: &mut BTreeSet<Path>| {
-        if !path.is_empty() && !is_identity(path) {
-            into.insert(path.clone());
-        }
-    };
+/// The schema of a field; of metadata, for which kinds have none, the same for all.
+fn inner_schema<'a>(
+    schema: Option<&'a Value>,
+    depth: usize,
+    key: &str,
+) -> Option<std::borrow::Cow<'a, Value>> {
+    if depth == 0 && key == "metadata" {
+        return Some(std::borrow::Cow::Owned(schema::metadata()));
+    }
+    schema
+        .and_then(|schema| schema::property(schema, key))
+        .map(std::borrow::Cow::Borrowed)
+}
+
+fn collect(schema: Option<&Value>, value: &Value, path: &mut Path, into: &mut BTreeSet<Path>) {
     match value {
-        Value::Object(map) if !map.is_empty() => {
+        Value::Object(map) if !map.is_empty() && !schema.is_some_and(schema::is_atomic_map) => {
             for (key, inner) in map {
-                path.push(key.clone());
-                if is_identity(path) && path.len() == 2 {
-                    path.pop();
-                    continue;
+                path.push(format!("f:{key}"));
+                if !(is_identity(path) && path.len() == 2) {
+                    let inner_schema = inner_schema(schema, path.len() - 1, key);
+                    collect(inner_schema.as_deref(), inner, path, into);
                 }
-                collect(inner, path, into);
                 path.pop();
             }
         }
-        _ => leaf(path, into),
+        Value::Array(items) if schema.is_some_and(schema::merges_items) => {
+            let inner_schema = schema.and_then(|schema| schema.get("items"));
+            for item in items {
+                path.push(element(schema, item));
+                into.insert(path.clone());
+                if item.is_object() {
+                    collect(inner_schema, item, path, into);
+                }
+                path.pop();
+            }
+        }
+        _ if path.is_empty() || is_identity(path) => {}
+        _ => {
+            into.insert(path.clone());
+        }
     }
 }
 
-fn at<'a>(value: &'a Value, path: &[String]) -> Option<&'a Value> {
-    path.iter().try_fold(value, |value, key| value.get(key))
+/// How an item of a list that merges is named in a path.
+fn element(schema: Option<&Value>, item: &Value) -> String {
+    let keys = schema.map(schema::list_keys).unwrap_or_default();
+    if keys.is_empty() || !item.is_object() {
+        return format!("v:{item}");
+    }
+    let named: Map<String, Value> = keys
+        .into_iter()
+        .filter_map(|key| {
+            let default = || {
+                let pointer = format!("/items/properties/{key}/default");
+                schema.and_then(|schema| schema.pointer(&pointer))
+            };
+            let value = item.get(key).or_else(default)?.clone();
+            Some((key.to_owned(), value))
+        })
+        .collect();
+    format!("k:{}", Value::Object(named))
 }
 
+/// Whether an item is the one that a path's element names.
+fn is_named(item: &Value, element: &str) -> bool {
+    if let Some(value) = element.strip_prefix("v:") {
+        return serde_json::from_str::<Value>(value).is_ok_and(|value| value == *item);
+    }
+    let keys: Map<String, Value> = element
+        .strip_prefix("k:")
+        .and_then(|keys| serde_json::from_str(keys).ok())
+        .unwrap_or_default();
+    // A key that the item does not carry has its default.
+    item.is_object()
+        && keys
+            .iter()
+            .all(|(key, value)| item.get(key).is_none_or(|own| own == value))
+        && keys.keys().any(|key| item.get(key).is_some())
+}
+
+fn at<'a>(value: &'a Value, path: &[String]) -> Option<&'a Value> {
+    path.iter()
+        .try_fold(value, |value, element| match element.strip_prefix("f:") {
+            Some(key) => value.get(key),
+            None => value
+                .as_array()?
+                .iter()
+                .find(|item| is_named(item, element)),
+        })
+}
+
+/// Removes what is at `path`, and what is empty then.
 fn remove(value: &mut Value, path: &[String]) {
     let [first, rest @ ..] = path else {
         return;
     };
-    let Some(map) = value.as_object_mut() else {
-        return;
+    let is_empty = |value: &Value| match value {
+        Value::Object(map) => map.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        _ => false,
     };
-    if rest.is_empty() {
-        map.remove(first);
-        return;
-    }
-    if let Some(inner) = map.get_mut(first) {
-        remove(inner, rest);
-        if inner.as_object().is_some_and(Map::is_empty) {
-            map.remove(first);
+    match (first.strip_prefix("f:"), value) {
+        (Some(key), Value::Object(map)) => {
+            if !rest.is_empty()
+                && let Some(inner) = map.get_mut(key)
+            {
+                remove(inner, rest);
+                if !is_empty(inner) {
+                    return;
+                }
+            }
+            map.remove(key);
         }
+        (None, Value::Array(items)) => {
+            let Some(index) = items.iter().position(|item| is_named(item, first)) else {
+                return;
+            };
+            if rest.is_empty() {
+                items.remove(index);
+            } else {
+                remove(&mut items[index], rest);
+            }
+        }
+        _ => {}
     }
 }
 
-fn merge(live: &mut Value, applied: &Value) {
+fn merge(schema: Option<&Value>, depth: usize, live: &mut Value, applied: &Value) {
     match (live, applied) {
-        (Value::Object(live), Value::Object(applied)) => {
+        (Value::Object(live), Value::Object(applied))
+            if !schema.is_some_and(schema::is_atomic_map) =>
+        {
             for (key, value) in applied {
                 match live.get_mut(key) {
-                    Some(inner) if inner.is_object() && value.is_object() => merge(inner, value),
-                    _ => {
+                    Some(inner) => {
+                        let schema = inner_schema(schema, depth, key);
+                        merge(schema.as_deref(), depth + 1, inner, value);
+                    }
+                    None => {
                         live.insert(key.clone(), value.clone());
                     }
                 }
             }
         }
+        (Value::Array(live), Value::Array(applied)) if schema.is_some_and(schema::merges_items) => {
+            *live = merge_items(schema, std::mem::take(live), applied);
+        }
         (live, applied) => *live = applied.clone(),
     }
+}
+
+/// Items in the applied order; those that only the live list has stay where they were among them.
+fn merge_items(schema: Option<&Value>, live: Vec<Value>, applied: &[Value]) -> Vec<Value> {
+    let inner = schema.and_then(|schema| schema.get("items"));
+    let mut live: Vec<(String, Option<Value>)> = live
+        .into_iter()
+        .map(|item| (element(schema, &item), Some(item)))
+        .collect();
+    let names: Vec<String> = applied.iter().map(|item| element(schema, item)).collect();
+    let mut merged = Vec::with_capacity(live.len().max(applied.len()));
+    let (mut left, mut right) = (0, 0);
+    while left < live.len() || right < applied.len() {
+        if let Some((name, item)) = live.get_mut(left) {
+            if !names.contains(name) {
+                merged.extend(item.take());
+                left += 1;
+                continue;
+            }
+            let name = name.clone();
+            let next_shared = names[right.min(names.len())..]
+                .iter()
+                .find(|name| live.iter().any(|(other, _)| other == *name));
+            if item_is_taken(&live, left) || next_shared.is_some_and(|next| *next != name) {
+                left += 1;
+                continue;
+            }
+        }
+        let Some(item) = applied.get(right) else {
+            left += 1;
+            continue;
+        };
+        let same = live
+            .iter_mut()
+            .find(|(name, _)| *name == names[right])
+            .and_then(|(_, item)| item.take());
+        merged.push(match same {
+            Some(mut same) => {
+                merge(inner, 1, &mut same, item);
+                same
+            }
+            None => item.clone(),
+        });
+        right += 1;
+    }
+    merged
+}
+
+fn item_is_taken(live: &[(String, Option<Value>)], index: usize) -> bool {
+    live.get(index).is_some_and(|(_, item)| item.is_none())
 }
 
 impl Fields {
@@ -134,12 +278,15 @@ impl Fields {
         let mut root = json!({});
         for path in &self.0 {
             let mut node = &mut root;
-            for key in path {
-                let name = format!("f:{key}");
-                if node.get(&name).is_none() {
-                    node[&name] = json!({});
+            for element in path {
+                if node.get(element).is_none() {
+                    node[element] = json!({});
                 }
-                node = &mut node[&name];
+                node = &mut node[element];
+            }
+            let is_item = path.last().is_some_and(|last| last.starts_with("k:"));
+            if is_item {
+                node["."] = json!({});
             }
         }
         root
@@ -150,15 +297,14 @@ impl Fields {
             let Some(map) = value.as_object() else {
                 return;
             };
-            let inner: Vec<(&String, &Value)> = map
-                .iter()
-                .filter(|(key, _)| key.starts_with("f:"))
-                .collect();
-            if inner.is_empty() && !path.is_empty() {
+            let is_item = path.last().is_some_and(|last| last.starts_with("k:"));
+            let inner: Vec<(&String, &Value)> =
+                map.iter().filter(|(key, _)| key.as_str() != ".").collect();
+            if (inner.is_empty() && !path.is_empty()) || (is_item && map.contains_key(".")) {
                 into.insert(path.clone());
             }
             for (key, value) in inner {
-                path.push(key[2..].to_owned());
+                path.push(key.clone());
                 walk(value, path, into);
                 path.pop();
             }
@@ -168,12 +314,44 @@ impl Fields {
         Self(fields)
     }
 
-    /// Whether `path`, something above it or something below it is in the set.
-    fn touches(&self, path: &[String]) -> bool {
-        self.0
-            .iter()
-            .any(|own| own.starts_with(path) || path.starts_with(own))
+    /// Whether `path` or something below it is in the set, or something above it that holds all
+    /// below it (`live` says what is there).
+    fn touches(&self, path: &[String], live: &Value) -> bool {
+        self.0.iter().any(|own| is_touched(own, path, live))
     }
+}
+
+fn is_touched(own: &[String], path: &[String], live: &Value) -> bool {
+    own.starts_with(path) || (path.starts_with(own) && holds_all_below(own, live))
+}
+
+/// An empty map or an item of a keyed list does not own what others put in; anything else does.
+fn holds_all_below(own: &[String], live: &Value) -> bool {
+    !own.last().is_some_and(|last| last.starts_with("k:"))
+        && !at(live, own).is_some_and(Value::is_object)
+}
+
+/// Only that an item is there, not what is in it.
+fn is_membership(path: &[String]) -> bool {
+    path.last().is_some_and(|last| !last.starts_with("f:"))
+}
+
+/// As people read it: `.spec.containers[name="a"].image`.
+fn display(path: &[String]) -> String {
+    let mut text = String::new();
+    for element in path {
+        if let Some(key) = element.strip_prefix("f:") {
+            text.push('.');
+            text.push_str(key);
+        } else if let Some(value) = element.strip_prefix("v:") {
+            text.push_str(&format!("[={value}]"));
+        } else if let Some(keys) = element.strip_prefix("k:") {
+            let keys: Map<String, Value> = serde_json::from_str(keys).unwrap_or_default();
+            let list: Vec<String> = keys.iter().map(|(k, v)| format!("{k}={v}")).collect();
+            text.push_str(&format!("[{}]", list.join(",")));
+        }
+    }
+    text
 }
 
 fn read_entries(object: &Value) -> Vec<Entry> {
@@ -231,15 +409,29 @@ fn write_entries(object: &mut Value, entries: Vec<Entry>) {
 }
 
 /// Notes in `new` that `writer` made it from `old` by a create, update or patch.
-pub fn record_update(old: Option<&Value>, new: &mut Value, writer: &Writer) {
+///
+/// `schema` is the kind's: it says which lists merge.
+pub fn record_update(
+    schema: Option<&Value>,
+    old: Option<&Value>,
+    new: &mut Value,
+    writer: &Writer,
+) {
     let mut entries = old.map(read_entries).unwrap_or_default();
     let empty = Value::Null;
-    let old_leaves = leaves(old.unwrap_or(&empty));
-    let new_leaves = leaves(new);
+    let old_leaves = leaves(schema, old.unwrap_or(&empty));
+    let new_leaves = leaves(schema, new);
     let changed: BTreeSet<Path> = new_leaves
         .0
         .iter()
-        .filter(|path| old.and_then(|old| at(old, path)) != at(new, path))
+        .filter(|path| {
+            let before = old.and_then(|old| at(old, path));
+            if is_membership(path) {
+                before.is_none()
+            } else {
+                before != at(new, path)
+            }
+        })
         .cloned()
         .collect();
     for entry in &mut entries {
@@ -281,13 +473,14 @@ pub fn record_update(old: Option<&Value>, new: &mut Value, writer: &Writer) {
 /// 409 naming the fields and their owners when another manager owns a field with another value
 /// and `force` is not set.
 pub fn apply(
+    schema: Option<&Value>,
     live: Option<&Value>,
     applied: &Value,
     writer: &Writer,
     force: bool,
 ) -> Result<Value, ApiError> {
     let mut entries = live.map(read_entries).unwrap_or_default();
-    let wanted = leaves(applied);
+    let wanted = leaves(schema, applied);
     let mut merged = live.cloned().unwrap_or_else(|| json!({"metadata": {}}));
     let is_own = |entry: &Entry| {
         entry.manager == writer.manager
@@ -297,24 +490,18 @@ pub fn apply(
     let mut conflicts: BTreeMap<String, Vec<String>> = BTreeMap::new();
     if let Some(live) = live {
         for path in &wanted.0 {
-            if at(live, path) == at(applied, path) {
+            if is_membership(path) || at(live, path) == at(applied, path) {
                 continue;
             }
             for entry in entries.iter_mut().filter(|entry| !is_own(entry)) {
-                if !entry.fields.touches(path) {
+                if !entry.fields.touches(path, live) {
                     continue;
                 }
                 if force {
-                    entry
-                        .fields
-                        .0
-                        .retain(|own| !own.starts_with(path) && !path.starts_with(own));
+                    entry.fields.0.retain(|own| !is_touched(own, path, live));
                 } else {
                     let owner = format!("\"{}\"", entry.manager);
-                    conflicts
-                        .entry(owner)
-                        .or_default()
-                        .push(format!(".{}", path.join(".")));
+                    conflicts.entry(owner).or_default().push(display(path));
                 }
             }
         }
@@ -325,11 +512,12 @@ pub fn apply(
     let own = entries.iter().find(|entry| is_own(entry));
     let before = own.map(|entry| entry.fields.clone()).unwrap_or_default();
     for path in before.0.difference(&wanted.0) {
+        let live = live.unwrap_or(&Value::Null);
         let others = entries
             .iter()
-            .any(|entry| !is_own(entry) && entry.fields.touches(path));
+            .any(|entry| !is_own(entry) && entry.fields.touches(path, live));
         // A leaf that became a map keeps what is below it.
-        if !others && !wanted.touches(path) {
+        if !others && !wanted.touches(path, live) {
             remove(&mut merged, path);
         }
     }
@@ -344,7 +532,7 @@ pub fn apply(
             metadata.remove(field);
         }
     }
-    merge(&mut merged, &content);
+    merge(schema, 0, &mut merged, &content);
     let unchanged = live.is_some_and(|live| {
         let strip = |value: &Value| {
             let mut value = value.clone();
@@ -421,12 +609,14 @@ mod tests {
     fn applying_again_without_a_field_removes_it_unless_another_owns_it() {
         let first = apply(
             None,
+            None,
             &object(json!({"a": 1, "b": 2})),
             &writer("one"),
             false,
         )
         .unwrap();
         let shared = apply(
+            None,
             Some(&first),
             &object(json!({"b": 2})),
             &writer("two"),
@@ -434,6 +624,7 @@ mod tests {
         )
         .unwrap();
         let last = apply(
+            None,
             Some(&shared),
             &object(json!({"c": 3})),
             &writer("one"),
@@ -447,12 +638,14 @@ mod tests {
     fn another_value_in_anothers_field_is_a_conflict_that_force_takes_over() {
         let first = apply(
             None,
+            None,
             &object(json!({"a": 1, "m": {"x": 1}})),
             &writer("one"),
             false,
         )
         .unwrap();
         let error = apply(
+            None,
             Some(&first),
             &object(json!({"a": 2})),
             &writer("two"),
@@ -464,10 +657,18 @@ mod tests {
             error.message.contains("conflict with \"one\": .spec.a"),
             "{error}"
         );
-        let taken = apply(Some(&first), &object(json!({"a": 2})), &writer("two"), true).unwrap();
+        let taken = apply(
+            None,
+            Some(&first),
+            &object(json!({"a": 2})),
+            &writer("two"),
+            true,
+        )
+        .unwrap();
         assert_eq!(taken["spec"]["a"], 2);
         // The first one lost the field: leaving it out does not remove it.
         let kept = apply(
+            None,
             Some(&taken),
             &object(json!({"m": {"x": 1}})),
             &writer("one"),
@@ -479,8 +680,16 @@ mod tests {
 
     #[test]
     fn lists_are_atomic() {
-        let first = apply(None, &object(json!({"l": [1, 2]})), &writer("one"), false).unwrap();
+        let first = apply(
+            None,
+            None,
+            &object(json!({"l": [1, 2]})),
+            &writer("one"),
+            false,
+        )
+        .unwrap();
         let next = apply(
+            None,
             Some(&first),
             &object(json!({"l": [3]})),
             &writer("one"),
@@ -490,6 +699,7 @@ mod tests {
         assert_eq!(next["spec"]["l"], json!([3]));
         assert!(
             apply(
+                None,
                 Some(&next),
                 &object(json!({"l": [4]})),
                 &writer("two"),
@@ -499,18 +709,78 @@ mod tests {
         );
     }
 
+    fn keyed() -> Value {
+        json!({"type": "object", "properties": {"spec": {"type": "object", "properties": {
+            "l": {"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"],
+                "items": {"type": "object", "properties": {
+                    "ports": {"type": "array", "x-kubernetes-list-type": "map",
+                        "x-kubernetes-list-map-keys": ["port", "protocol"],
+                        "items": {"type": "object", "properties": {"protocol": {"type": "string", "default": "TCP"}}}}}}},
+            "s": {"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"}}}}}})
+    }
+
+    fn applied(live: Option<&Value>, spec: Value, manager: &str) -> Result<Value, ApiError> {
+        apply(Some(&keyed()), live, &object(spec), &writer(manager), false)
+    }
+
+    #[test]
+    fn items_of_a_keyed_list_have_owners_of_their_own() {
+        let first = json!({"l": [{"name": "a", "image": "x"}, {"name": "b", "image": "y"}]});
+        let first = applied(None, first, "one").unwrap();
+        let more = json!({"l": [{"name": "side", "image": "z"}, {"name": "a", "cpu": 1}]});
+        let both = applied(Some(&first), more, "two").unwrap();
+        assert_eq!(
+            both["spec"]["l"],
+            json!([{"name": "side", "image": "z"}, {"name": "a", "image": "x", "cpu": 1}, {"name": "b", "image": "y"}])
+        );
+        let error = applied(
+            Some(&both),
+            json!({"l": [{"name": "a", "image": "other"}]}),
+            "two",
+        );
+        let message = error.unwrap_err().message;
+        assert!(message.contains(".spec.l[name=\"a\"].image"), "{message}");
+        // What only the first one owned goes; the item that the second one has too stays.
+        let last = applied(Some(&both), json!({"l": []}), "one").unwrap();
+        assert_eq!(
+            last["spec"]["l"],
+            json!([{"name": "side", "image": "z"}, {"name": "a", "cpu": 1}])
+        );
+    }
+
+    #[test]
+    fn keys_with_defaults_and_sets_merge() {
+        let first = json!({"l": [{"name": "a", "ports": [{"port": 80}]}], "s": ["x", "y"]});
+        let first = applied(None, first, "one").unwrap();
+        let more = json!({"l": [{"name": "a", "ports": [{"port": 80, "protocol": "TCP", "host": 1}, {"port": 80, "protocol": "UDP"}]}],
+            "s": ["z"]});
+        let both = applied(Some(&first), more, "two").unwrap();
+        assert_eq!(both["spec"]["l"][0]["ports"].as_array().unwrap().len(), 2);
+        assert_eq!(both["spec"]["s"].as_array().unwrap().len(), 3);
+        let last = applied(
+            Some(&both),
+            json!({"l": [{"name": "a"}], "s": ["x"]}),
+            "one",
+        )
+        .unwrap();
+        assert_eq!(last["spec"]["s"], json!(["x", "z"]));
+        let read = read_entries(&last);
+        assert_eq!(Fields::from_json(&read[1].fields.to_json()), read[1].fields);
+    }
+
     #[test]
     fn an_unchanged_apply_changes_nothing_not_even_the_time() {
-        let first = apply(None, &object(json!({"a": 1})), &writer("one"), false).unwrap();
+        let first = apply(None, None, &object(json!({"a": 1})), &writer("one"), false).unwrap();
         let mut later = writer("one");
         later.time = "2027-01-01T00:00:00Z".to_owned();
-        let again = apply(Some(&first), &object(json!({"a": 1})), &later, false).unwrap();
+        let again = apply(None, Some(&first), &object(json!({"a": 1})), &later, false).unwrap();
         assert_eq!(first, again);
     }
 
     #[test]
     fn an_update_takes_the_fields_it_changes() {
         let first = apply(
+            None,
             None,
             &object(json!({"a": 1, "b": 1})),
             &writer("one"),
@@ -519,8 +789,9 @@ mod tests {
         .unwrap();
         let mut edited = first.clone();
         edited["spec"]["a"] = json!(5);
-        record_update(Some(&first), &mut edited, &writer("edit"));
+        record_update(None, Some(&first), &mut edited, &writer("edit"));
         let error = apply(
+            None,
             Some(&edited),
             &object(json!({"a": 1, "b": 1})),
             &writer("one"),

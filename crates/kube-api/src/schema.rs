@@ -30,7 +30,7 @@ pub fn prune_unknown(schema: &Value, object: &mut Value) -> Vec<Cause> {
     unknown
 }
 
-fn property<'a>(schema: &'a Value, key: &str) -> Option<&'a Value> {
+pub(crate) fn property<'a>(schema: &'a Value, key: &str) -> Option<&'a Value> {
     schema
         .get("properties")
         .and_then(|properties| properties.get(key))
@@ -39,6 +39,45 @@ fn property<'a>(schema: &'a Value, key: &str) -> Option<&'a Value> {
                 .get("additionalProperties")
                 .filter(|additional| additional.is_object())
         })
+}
+
+fn extension<'a>(schema: &'a Value, name: &str) -> Option<&'a str> {
+    schema.get(name).and_then(Value::as_str)
+}
+
+/// Whether a map has one owner as a whole.
+pub(crate) fn is_atomic_map(schema: &Value) -> bool {
+    extension(schema, "x-kubernetes-map-type") == Some("atomic")
+}
+
+/// Whether a list's items have owners of their own.
+pub(crate) fn merges_items(schema: &Value) -> bool {
+    matches!(
+        extension(schema, "x-kubernetes-list-type"),
+        Some("map" | "set")
+    )
+}
+
+/// The keys by which a list of type `map` tells its items apart.
+pub(crate) fn list_keys(schema: &Value) -> Vec<&str> {
+    let keys = schema
+        .get("x-kubernetes-list-map-keys")
+        .and_then(Value::as_array);
+    keys.into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect()
+}
+
+/// Of object metadata, as far as lists in it merge.
+pub(crate) fn metadata() -> Value {
+    serde_json::json!({"type": "object", "properties": {
+        "finalizers": {"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"},
+            "x-kubernetes-patch-strategy": "merge"},
+        "ownerReferences": {"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["uid"],
+            "x-kubernetes-patch-strategy": "merge", "x-kubernetes-patch-merge-key": "uid",
+            "items": {"type": "object", "x-kubernetes-map-type": "atomic"}},
+    }})
 }
 
 fn preserves(schema: &Value) -> bool {

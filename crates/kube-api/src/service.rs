@@ -16,6 +16,7 @@ use crate::kinds::{Kind, Registry};
 use crate::managed::Writer;
 use crate::selector::{FieldSelector, LabelSelector};
 use crate::store::{Event, EventKind, Freshness, Listing, Read, Store};
+use crate::strategic;
 use crate::table::{self, Include};
 use crate::write::{self, Change};
 
@@ -52,6 +53,24 @@ pub trait Admission: Send + Sync + 'static {
         let _ = (kind, object);
         Ok(())
     }
+
+    /// What a deletion has to wait for; `options` are the client's `DeleteOptions`.
+    ///
+    /// # Errors
+    /// 400 or 422 when the options ask for what cannot be.
+    fn hold(&self, kind: &Kind, object: &Value, options: &Value) -> Result<Hold, ApiError> {
+        let _ = (kind, object, options);
+        Ok(Hold::default())
+    }
+}
+
+/// What an object that is to be deleted has to wait for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hold {
+    /// Finalizers the server adds: whoever serves them removes them.
+    pub finalizers: Vec<String>,
+    /// Seconds that somebody has to end it: it stays, marked, until it is deleted again with none.
+    pub grace_seconds: u64,
 }
 
 /// Admits everything.
@@ -347,6 +366,11 @@ impl Service {
                     "application/apply-patch+yaml" | "application/apply-patch+cbor" => {
                         Change::Apply(parse_body(headers, body).await?)
                     }
+                    "application/strategic-merge-patch+json"
+                        if strategic::is_supported(kind.schema.as_ref()) =>
+                    {
+                        Change::Strategic(parse_body(headers, body).await?)
+                    }
                     "application/strategic-merge-patch+json" => {
                         return Err(ApiError::unsupported_media_type(
                             "strategic merge patch is not supported here; use merge patch (kubectl patch --type=merge), JSON patch or server-side apply",
@@ -362,7 +386,7 @@ impl Service {
                 self.change(headers, &target, &query, change, &writer).await
             }
             (&Method::DELETE, Some(_)) => {
-                let options = parse_body(headers, body).await.unwrap_or_default();
+                let options = delete_options(headers, &query, body).await?;
                 let (object, gone) = write::delete(self, &target, &query, &options).await?;
                 if gone {
                     let body = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
@@ -372,7 +396,10 @@ impl Service {
                 }
                 Ok(self.one(200, headers, &target, &query, &object))
             }
-            (&Method::DELETE, None) => self.delete_all(&target, &query).await,
+            (&Method::DELETE, None) => {
+                let options = delete_options(headers, &query, body).await?;
+                self.delete_all(&target, &query, &options).await
+            }
             _ => Err(ApiError::method_not_allowed(format!(
                 "{method} is not possible on this path"
             ))),
@@ -399,6 +426,7 @@ impl Service {
         self: &Arc<Self>,
         target: &Target,
         query: &Query,
+        options: &Value,
     ) -> Result<Response<Body>, ApiError> {
         let (labels, fields) = selectors(query)?;
         let listing = self
@@ -416,7 +444,7 @@ impl Service {
                 name: text("/metadata/name").map(ToOwned::to_owned),
                 ..target.clone()
             };
-            let (object, _) = write::delete(self, &one, query, &Value::Null).await?;
+            let (object, _) = write::delete(self, &one, query, options).await?;
             items.push((*object).clone());
         }
         Ok(respond(
@@ -760,6 +788,23 @@ fn with_warnings(mut response: Response<Body>, warnings: &[Cause]) -> Response<B
     response
 }
 
+/// `DeleteOptions` of the body, completed by those of the query.
+async fn delete_options(headers: &HeaderMap, query: &Query, body: Body) -> Result<Value, ApiError> {
+    let mut options = match parse_body(headers, body).await? {
+        Value::Null => json!({}),
+        options @ Value::Object(_) => options,
+        _ => return Err(ApiError::bad_request("DeleteOptions are an object")),
+    };
+    for field in ["propagationPolicy", "gracePeriodSeconds"] {
+        if let (None, Some(text)) = (options.get(field), query.get(field)) {
+            options[field] = text
+                .parse::<i64>()
+                .map_or_else(|_| text.into(), Value::from);
+        }
+    }
+    Ok(options)
+}
+
 /// Reads a body of JSON or YAML within its limit.
 pub(crate) async fn parse_body(headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
     let media = media_type(headers);
@@ -785,6 +830,9 @@ pub(crate) async fn parse_body(headers: &HeaderMap, body: Body) -> Result<Value,
 pub fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
     let text = std::str::from_utf8(bytes)
         .map_err(|error| ApiError::bad_request(format!("the body is not UTF-8: {error}")))?;
+    if text.trim().is_empty() {
+        return Ok(Value::Null);
+    }
     if text.trim_start().starts_with(['{', '[']) {
         return serde_json::from_str(text)
             .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")));

@@ -250,6 +250,9 @@ impl EventLog {
     }
 }
 
+/// Events a memory store keeps for watches unless told otherwise.
+const EVENTS_MAX: usize = 10_000;
+
 /// Keys by resource, then by namespace and name.
 type Objects = BTreeMap<(String, String), BTreeMap<(String, String), Arc<Value>>>;
 
@@ -340,9 +343,24 @@ impl MemoryStore {
         }
         Self {
             state: Mutex::new(state),
-            events: EventLog::new(10_000, revision),
+            events: EventLog::new(EVENTS_MAX, revision),
             journal,
         }
+    }
+
+    /// The same, with room for `capacity` events: a watch that falls further behind lists anew.
+    #[must_use]
+    pub fn with_events(self, capacity: usize) -> Self {
+        let revision = self.state.lock().revision;
+        Self {
+            events: EventLog::new(capacity, revision),
+            ..self
+        }
+    }
+
+    /// The revision of the newest change.
+    pub fn revision(&self) -> u64 {
+        self.state.lock().revision
     }
 
     /// All objects of all kinds, with their resource.

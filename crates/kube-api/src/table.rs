@@ -77,6 +77,9 @@ pub fn table(
 }
 
 fn cell(column: &Column, object: &Value, now: Timestamp) -> Value {
+    if let Some(compute) = column.compute {
+        return (compute.0)(object);
+    }
     let found = lookup(object, &column.json_path);
     if column.kind == "date" {
         let text = found

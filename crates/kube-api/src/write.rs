@@ -8,8 +8,9 @@ use crate::error::{ApiError, Cause};
 use crate::kinds::Kind;
 use crate::managed::{self, Writer};
 use crate::schema;
-use crate::service::{FieldValidation, Query, Service, Target};
+use crate::service::{FieldValidation, Hold, Query, Service, Target};
 use crate::store::{Freshness, revision_of};
+use crate::strategic;
 use crate::table;
 
 /// A change that meets a newer object is computed anew this often.
@@ -21,6 +22,7 @@ const JSON_PATCH_MAX: usize = 10_000;
 pub(crate) enum Change {
     Replace(Value),
     Merge(Value),
+    Strategic(Value),
     Json(Value),
     Apply(Value),
 }
@@ -67,7 +69,7 @@ pub(crate) async fn create(
     }
     let (object, warnings) = prepare_new(service, target, query, object).await?;
     let mut object = object;
-    managed::record_update(None, &mut object, writer);
+    managed::record_update(target.kind.schema.as_ref(), None, &mut object, writer);
     if query.dry_run()? {
         return Ok((Arc::new(object), warnings));
     }
@@ -301,7 +303,10 @@ pub(crate) async fn change(
             Err(error) => return Err(error),
         };
         let pinned = match &change {
-            Change::Replace(object) | Change::Merge(object) | Change::Apply(object) => {
+            Change::Replace(object)
+            | Change::Merge(object)
+            | Change::Strategic(object)
+            | Change::Apply(object) => {
                 text(object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty())
             }
             Change::Json(_) => false,
@@ -338,7 +343,7 @@ async fn apply_new(
     {
         map.remove("status");
     }
-    let mut owned = managed::apply(None, &sent, writer, true)?;
+    let mut owned = managed::apply(target.kind.schema.as_ref(), None, &sent, writer, true)?;
     if let Some(fields) = metadata(&mut owned).remove("managedFields") {
         metadata(&mut prepared).insert("managedFields".to_owned(), fields);
     }
@@ -366,6 +371,21 @@ fn require_manager(query: &Query) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// What an apply on the other subresource would set is not owned by this one.
+fn keep_own_part(kind: &Kind, subresource: &str, object: &mut Value) {
+    if let Some(map) = object.as_object_mut() {
+        if subresource == "status" {
+            map.retain(|key, _| {
+                matches!(key.as_str(), "apiVersion" | "kind" | "metadata" | "status")
+            });
+            let names = ["name", "namespace", "uid", "resourceVersion"];
+            metadata(object).retain(|key, _| names.contains(&key.as_str()));
+        } else if kind.status {
+            map.remove("status");
+        }
+    }
+}
+
 /// What names an object and what the server counts stays as it was.
 fn restore_identity(mut object: Value, old: &Value) -> Value {
     let map = metadata(&mut object);
@@ -388,6 +408,7 @@ fn restore_identity(mut object: Value, old: &Value) -> Value {
 }
 
 fn patched(
+    schema: Option<&Value>,
     change: &Change,
     old: &Value,
     writer: &Writer,
@@ -401,6 +422,11 @@ fn patched(
             }
             let mut object = old.clone();
             json_patch::merge(&mut object, patch);
+            Ok(object)
+        }
+        Change::Strategic(patch) => {
+            let mut object = old.clone();
+            strategic::merge(schema, &mut object, patch)?;
             Ok(object)
         }
         Change::Json(patch) => {
@@ -423,7 +449,7 @@ fn patched(
         }
         Change::Apply(object) => {
             require_manager(query)?;
-            managed::apply(Some(old), object, writer, query.flag("force"))
+            managed::apply(schema, Some(old), object, writer, query.flag("force"))
         }
     }
 }
@@ -448,18 +474,19 @@ async fn update(
             cleaned = if matches!(change, Change::Replace(_)) {
                 Change::Replace(object)
             } else {
+                keep_own_part(kind, &target.subresource, &mut object);
                 Change::Apply(object)
             };
             &cleaned
         }
         other => other,
     };
-    let mut object = patched(change, old, writer, query)?;
+    let mut object = patched(kind.schema.as_ref(), change, old, writer, query)?;
     if !object.is_object() {
         return Err(ApiError::bad_request("the result is not an object"));
     }
     check_type(kind, &object)?;
-    if matches!(change, Change::Merge(_) | Change::Json(_)) {
+    if !matches!(change, Change::Replace(_) | Change::Apply(_)) {
         change_warnings = check_fields(service, query, kind, &mut object)?;
     }
     name_in_place(target, &mut object)?;
@@ -507,7 +534,7 @@ async fn update(
         metadata(&mut object).insert("generation".to_owned(), (generation + 1).into());
     }
     if !matches!(change, Change::Apply(_)) {
-        managed::record_update(Some(old), &mut object, writer);
+        managed::record_update(kind.schema.as_ref(), Some(old), &mut object, writer);
     }
     finish(service, target, query, old, object, change_warnings).await
 }
@@ -533,11 +560,9 @@ async fn finish(
     }
     let expected = revision_of(old);
     let deleting = text(&object, "/metadata/deletionTimestamp").is_some();
-    let finalizers = object
-        .pointer("/metadata/finalizers")
-        .and_then(Value::as_array)
-        .map_or(0, Vec::len);
-    if deleting && finalizers == 0 {
+    let grace = object.pointer("/metadata/deletionGracePeriodSeconds");
+    let graceful = grace.and_then(Value::as_u64).unwrap_or(0) > 0;
+    if deleting && !graceful && finalizers(&object).is_empty() {
         let name = target.name.as_deref().unwrap_or_default();
         service
             .store
@@ -584,6 +609,22 @@ fn content(object: &Value) -> Value {
     content
 }
 
+/// What holds an object that is being deleted; namespaces have theirs in the specification.
+pub fn finalizers(object: &Value) -> Vec<String> {
+    ["/metadata/finalizers", "/spec/finalizers"]
+        .into_iter()
+        .filter(|pointer| {
+            *pointer == "/metadata/finalizers"
+                || (text(object, "/kind"), text(object, "/apiVersion"))
+                    == (Some("Namespace"), Some("v1"))
+        })
+        .filter_map(|pointer| object.pointer(pointer).and_then(Value::as_array))
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(ToOwned::to_owned)
+        .collect()
+}
+
 /// Deletes: at once, or when the finalizers are gone. Returns the object and whether it is gone.
 pub(crate) async fn delete(
     service: &Service,
@@ -615,31 +656,36 @@ pub(crate) async fn delete(
                 .get("dryRun")
                 .and_then(Value::as_array)
                 .is_some_and(|l| !l.is_empty());
-        let finalizers = old
-            .pointer("/metadata/finalizers")
-            .and_then(Value::as_array)
-            .map_or(0, Vec::len);
-        let result = if finalizers == 0 {
-            if dry_run {
-                return Ok((old, true));
+        let mut hold = service.admission.hold(kind, &old, options)?;
+        let dying = text(&old, "/metadata/deletionTimestamp").is_some();
+        if dying {
+            // It is on its way; asking for more would start it anew.
+            hold.finalizers.clear();
+            let left = old.pointer("/metadata/deletionGracePeriodSeconds");
+            let left = left.and_then(Value::as_u64).unwrap_or(0);
+            hold.grace_seconds = hold.grace_seconds.min(left);
+        }
+        let stays =
+            !finalizers(&old).is_empty() || !hold.finalizers.is_empty() || hold.grace_seconds > 0;
+        if dry_run {
+            return Ok((old, !stays));
+        }
+        let result = if stays {
+            let object = marked(&old, &hold, jiff::Timestamp::now());
+            if object == *old {
+                return Ok((old, false));
             }
-            service
-                .store
-                .remove(kind, namespace, name, revision_of(&old))
-                .await
-                .map(|()| (old, true))
-        } else if text(&old, "/metadata/deletionTimestamp").is_some() || dry_run {
-            return Ok((old, false));
-        } else {
-            let mut object = (*old).clone();
-            let map = metadata(&mut object);
-            map.insert("deletionTimestamp".to_owned(), now().into());
-            map.insert("deletionGracePeriodSeconds".to_owned(), 0.into());
             service
                 .store
                 .update(kind, object, revision_of(&old))
                 .await
                 .map(|object| (object, false))
+        } else {
+            service
+                .store
+                .remove(kind, namespace, name, revision_of(&old))
+                .await
+                .map(|()| (old, true))
         };
         match result {
             Err(error) if error.reason == "Conflict" => {}
@@ -647,4 +693,44 @@ pub(crate) async fn delete(
         }
     }
     Err(crate::store::modified(kind, name))
+}
+
+/// An object marked for deletion.
+pub fn marked(old: &Value, hold: &Hold, now: jiff::Timestamp) -> Value {
+    let mut object = old.clone();
+    let seconds = i64::try_from(hold.grace_seconds).unwrap_or(i64::MAX);
+    let until = now.saturating_add(jiff::SignedDuration::from_secs(seconds));
+    let map = metadata(&mut object);
+    let dying = map.contains_key("deletionTimestamp");
+    let grace = map
+        .get("deletionGracePeriodSeconds")
+        .and_then(Value::as_u64);
+    if !dying || grace.unwrap_or(0) > hold.grace_seconds {
+        let until = until.unwrap_or(now);
+        map.insert(
+            "deletionTimestamp".to_owned(),
+            table::whole_seconds(until).into(),
+        );
+        map.insert(
+            "deletionGracePeriodSeconds".to_owned(),
+            hold.grace_seconds.into(),
+        );
+    }
+    if !hold.finalizers.is_empty() {
+        let list = map
+            .entry("finalizers".to_owned())
+            .or_insert_with(|| json!([]));
+        if let Some(list) = list.as_array_mut() {
+            for name in &hold.finalizers {
+                if !list.iter().any(|own| own == name) {
+                    list.push(name.clone().into());
+                }
+            }
+        }
+    }
+    if !dying {
+        let generation = map.get("generation").and_then(Value::as_i64).unwrap_or(0);
+        map.insert("generation".to_owned(), (generation + 1).into());
+    }
+    object
 }

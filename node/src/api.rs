@@ -15,6 +15,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use http::{HeaderValue, StatusCode, header};
 use krake_kube_api::Service;
+use krake_kube_api::serve::{Certificate, serve};
 use krake_model::decision::Trigger;
 use krake_model::{AppKey, ApplicationSpec, GroupId};
 use krake_placement::decide::{Problem, decide};
@@ -145,17 +146,21 @@ impl Api {
             blocked: Mutex::default(),
         });
         let stop = CancellationToken::new();
+        let certificate =
+            Certificate::load_or_create(&config.node.data_dir).with_context(|| {
+                format!(
+                    "the API's certificate in {}",
+                    config.node.data_dir.display()
+                )
+            })?;
         for address in &config.api.listen {
             let listener = tokio::net::TcpListener::bind(address)
                 .await
                 .with_context(|| format!("cannot listen at {address} for the API (api.listen)"))?;
             let app = router(&shared, Way::Loopback);
-            let stop = stop.clone();
+            let (stop, certificate) = (stop.clone(), certificate.clone());
             tokio::spawn(async move {
-                let served = axum::serve(listener, app)
-                    .with_graceful_shutdown(stop.cancelled_owned())
-                    .await;
-                if let Err(error) = served {
+                if let Err(error) = serve(listener, &certificate, app, stop).await {
                     warn!(%error, "the API stopped");
                 }
             });

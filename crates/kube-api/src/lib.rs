@@ -10,6 +10,7 @@ pub mod kinds;
 pub mod managed;
 pub mod schema;
 pub mod selector;
+pub mod serve;
 pub mod service;
 pub mod store;
 mod strategic;

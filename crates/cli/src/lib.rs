@@ -7,3 +7,4 @@ pub mod client;
 pub mod context;
 
 pub use client::Client;
+pub mod manifest;

@@ -326,7 +326,8 @@ fn warnings(headers: &HeaderMap) -> Vec<String> {
         .filter_map(|value| value.to_str().ok())
         .map(|value| {
             let text = value.splitn(3, ' ').nth(2).unwrap_or(value);
-            text.trim_matches('"').replace("\\\"", "\"")
+            let inner = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+            inner.unwrap_or(text).replace("\\\"", "\"")
         })
         .collect()
 }

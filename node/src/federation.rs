@@ -267,6 +267,13 @@ fn site_states(site: &CommittedSite, view: &View, at: Instant) -> Vec<SiteState>
     let Some(seen) = view.get(&site.node) else {
         return vec![state("default")];
     };
+    if seen.report.backends.is_empty() {
+        return vec![SiteState {
+            unhealthy: Some("it has no backend".to_owned()),
+            report_age: Some(seen.age(at)),
+            ..state("default")
+        }];
+    }
     seen.report
         .backends
         .iter()

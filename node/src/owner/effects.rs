@@ -199,6 +199,7 @@ impl<'a> Effects<'a> {
             let mut memory = memory.lock();
             memory.reserved = None;
             memory.unplaceable = None;
+            memory.better_since = None;
         }
         let Some(written) = self.load(app) else {
             return Ok(());

@@ -319,7 +319,6 @@ fn plan_placement(
         .and_then(|a| a.copy(CopyRole::Active))
         .map(|c| c.target.clone());
     let decision = decide_for(app, memory, world, current.clone(), trigger);
-    memory.better_since = decision.better_since;
     memory.next_look = now.plus_millis(app.policy.reschedule_interval.as_millis() as i64);
     let record = decision.record;
     let Some(chosen) = record.chosen.clone() else {
@@ -337,6 +336,8 @@ fn plan_placement(
     };
     memory.unplaceable = None;
     if Some(&chosen) == current.as_ref() {
+        // While a move is on its way its lead counts on: see the reservation below.
+        memory.better_since = decision.better_since;
         return keep(app, assign, record, world, memory);
     }
     match memory.reserved.take() {
@@ -466,3 +467,6 @@ pub const fn is_change(outcome: Outcome) -> bool {
         Outcome::Placed | Outcome::Moved | Outcome::Unplaceable
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,363 @@
+//! The owner's plan, stepped through with sites, time and reports made up.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use krake_model::Resources;
+use krake_model::application::Source;
+use krake_placement::spec::{Defaults, validate};
+use serde_json::json;
+
+use super::*;
+
+const HOLD: i64 = 10_000;
+
+struct Sky {
+    sites: Vec<SiteState>,
+    lost: BTreeSet<NodeId>,
+    isolated: bool,
+    definitions: BTreeMap<String, MetricDefinition>,
+    now: Timestamp,
+}
+
+impl World for Sky {
+    fn sites(&self) -> &[SiteState] {
+        &self.sites
+    }
+    fn sight(&self, node: &NodeId, _: Duration) -> Sight {
+        if self.lost.contains(node) {
+            Sight::Lost
+        } else {
+            Sight::Alive
+        }
+    }
+    fn isolated(&self) -> bool {
+        self.isolated
+    }
+    fn definitions(&self) -> &BTreeMap<String, MetricDefinition> {
+        &self.definitions
+    }
+    fn decided_by(&self) -> &'static str {
+        "here"
+    }
+    fn now(&self) -> Timestamp {
+        self.now
+    }
+}
+
+fn node(number: u8) -> NodeId {
+    NodeId::from_bytes([number; 32])
+}
+
+fn site(number: u8, carbon: f64) -> SiteState {
+    SiteState {
+        target: Target {
+            node: node(number),
+            site: format!("site{number}"),
+            backend: "default".to_owned(),
+        },
+        labels: BTreeMap::new(),
+        metrics: BTreeMap::from([("carbon".to_owned(), carbon)]),
+        free: Resources {
+            cpu_millis: 1000,
+            memory_bytes: 1 << 30,
+            pods: 10,
+        },
+        kinds: BTreeSet::from(["v1/ConfigMap".to_owned()]),
+        unhealthy: None,
+        cordoned: false,
+        lost: false,
+        report_age: Some(Duration::ZERO),
+        refusals: Vec::new(),
+    }
+}
+
+struct Play {
+    app: StoredApp,
+    memory: Memory,
+    world: Sky,
+    index: u64,
+    tombstone: Option<Tombstone>,
+    finished: bool,
+    /// Reservations asked for, and whether sites say yes.
+    asked: Vec<String>,
+    refusing: BTreeSet<NodeId>,
+}
+
+impl Play {
+    fn new(carbon: &[f64]) -> Self {
+        Self::with(carbon, json!({}))
+    }
+
+    fn with(carbon: &[f64], extra: serde_json::Value) -> Self {
+        let definitions = krake_model::metric::default_definitions();
+        let mut spec = json!({
+            "source": {"manifests": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}}]},
+            "placement": {"weights": {"carbon": 1.0}},
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            spec[key] = value.clone();
+        }
+        let spec: ApplicationSpec = serde_json::from_value(spec).unwrap();
+        assert_ne!(spec.source, Source::default());
+        let defaults = Defaults {
+            detect_after: Duration::from_secs(15),
+            ready_timeout: Duration::from_secs(60),
+            reschedule_interval: Duration::from_secs(5),
+            hold_for: Duration::from_millis(HOLD as u64),
+            max_metric_age: Duration::from_secs(60),
+        };
+        let (policy, needs) = validate(&spec, "default", &definitions, &defaults).unwrap();
+        Self {
+            app: StoredApp {
+                app: AppKey::new("default", "shop"),
+                uid: AppUid::new(uuid::Uuid::from_u128(1)),
+                generation: 1,
+                spec,
+                needs,
+                policy,
+                deleting: false,
+                assign: None,
+                decision: None,
+            },
+            memory: Memory::default(),
+            world: Sky {
+                sites: carbon
+                    .iter()
+                    .zip(1..)
+                    .map(|(carbon, number)| site(number, *carbon))
+                    .collect(),
+                lost: BTreeSet::new(),
+                isolated: false,
+                definitions,
+                now: Timestamp::from_millis(1_000_000),
+            },
+            index: 1,
+            tombstone: None,
+            finished: false,
+            asked: Vec::new(),
+            refusing: BTreeSet::new(),
+        }
+    }
+
+    /// Plans and carries out until there is nothing to do now; at most a few steps.
+    fn settle(&mut self) -> Timestamp {
+        for _ in 0..12 {
+            match plan(&self.app, &mut self.memory, &self.world) {
+                Step::Wait(until) => return until,
+                Step::Reserve(target, record) => {
+                    self.asked.push(target.site.clone());
+                    if self.refusing.contains(&target.node) {
+                        self.memory
+                            .refuse(target, "full".to_owned(), self.world.now);
+                    } else {
+                        self.memory.reserved = Some((target, *record));
+                    }
+                }
+                Step::Assign(next, decision) => {
+                    self.index += 1;
+                    let epoch = Epoch {
+                        incarnation: 0,
+                        term: 1,
+                        index: self.index,
+                    };
+                    self.app.assign = Some((*next, epoch));
+                    self.app.decision = decision.map(|d| *d).or(self.app.decision.take());
+                    self.memory.reserved = None;
+                    self.memory.better_since = None;
+                }
+                Step::Unplaceable(_) => {}
+                Step::Finish(tombstone) => {
+                    self.tombstone = tombstone;
+                    self.finished = true;
+                    return self.world.now;
+                }
+            }
+        }
+        panic!("it does not come to rest");
+    }
+
+    fn report(&mut self, number: u8, state: ReportedState) {
+        let (_, epoch) = self.app.assign.clone().unwrap();
+        let report = CopyReport {
+            uid: self.app.uid,
+            app: self.app.app.clone(),
+            node: node(number),
+            backend: "default".to_owned(),
+            epoch,
+            state,
+            ready: 1,
+            wanted: 1,
+            namespace: None,
+            message: None,
+            retry_elsewhere: state == ReportedState::Failed,
+        };
+        self.memory
+            .reports
+            .insert((node(number), "default".to_owned()), report);
+    }
+
+    /// `site1:active site2:deleting`
+    fn copies(&self) -> String {
+        let Some((assign, _)) = &self.app.assign else {
+            return String::new();
+        };
+        let copies: Vec<String> = assign
+            .copies
+            .iter()
+            .map(|copy| {
+                let role = serde_json::to_value(copy.role).unwrap();
+                format!("{}:{}", copy.target.site, role.as_str().unwrap())
+            })
+            .collect();
+        copies.join(" ")
+    }
+
+    fn pass(&mut self, millis: i64) {
+        self.world.now = self.world.now.plus_millis(millis);
+        self.memory.next_look = Timestamp::default();
+    }
+}
+
+#[test]
+fn the_best_site_is_asked_and_gets_the_app() {
+    let mut play = Play::new(&[300.0, 20.0, 500.0]);
+    play.settle();
+    assert_eq!(play.asked, ["site2"]);
+    assert_eq!(play.copies(), "site2:active");
+}
+
+#[test]
+fn a_refusal_leads_to_the_next_best() {
+    let mut play = Play::new(&[300.0, 20.0, 500.0]);
+    play.refusing.insert(node(2));
+    play.settle();
+    assert_eq!(play.asked, ["site2", "site1"]);
+    assert_eq!(play.copies(), "site1:active");
+}
+
+#[test]
+fn a_move_waits_for_its_time_and_the_old_copy_for_the_new() {
+    let mut play = Play::new(&[300.0, 20.0]);
+    play.settle();
+    play.report(2, ReportedState::Ready);
+    play.world.sites[0].metrics.insert("carbon".to_owned(), 0.0);
+    play.pass(1);
+    play.settle();
+    assert_eq!(play.copies(), "site2:active", "a small gain moves nothing");
+    play.world.sites[1]
+        .metrics
+        .insert("carbon".to_owned(), 400.0);
+    play.pass(1);
+    play.settle();
+    assert_eq!(play.copies(), "site2:active", "the gain must last");
+    play.pass(HOLD - 1);
+    play.settle();
+    assert_eq!(play.copies(), "site2:active");
+    play.pass(1);
+    play.settle();
+    assert_eq!(play.copies(), "site2:outgoing site1:active");
+    play.report(1, ReportedState::Progressing);
+    play.settle();
+    assert_eq!(play.copies(), "site2:outgoing site1:active");
+    play.report(1, ReportedState::Ready);
+    play.settle();
+    assert_eq!(play.copies(), "site2:deleting site1:active");
+    play.report(1, ReportedState::Ready);
+    play.report(2, ReportedState::Gone);
+    play.settle();
+    assert_eq!(play.copies(), "site1:active");
+}
+
+#[test]
+fn a_new_copy_that_fails_leaves_the_old_one_running() {
+    let mut play = Play::new(&[500.0, 300.0]);
+    play.settle();
+    play.world.sites[0].metrics.insert("carbon".to_owned(), 0.0);
+    play.pass(1);
+    play.settle();
+    play.pass(HOLD);
+    play.settle();
+    assert_eq!(play.copies(), "site2:outgoing site1:active");
+    play.report(1, ReportedState::Failed);
+    play.settle();
+    assert_eq!(play.copies(), "site2:active site1:deleting");
+}
+
+#[test]
+fn the_apps_of_a_lost_site_run_elsewhere_and_its_copy_is_removed_when_it_returns() {
+    let mut play = Play::new(&[300.0, 20.0]);
+    play.settle();
+    play.world.lost.insert(node(2));
+    play.settle();
+    assert_eq!(play.copies(), "site2:deleting site1:active");
+    play.report(1, ReportedState::Ready);
+    play.settle();
+    assert_eq!(
+        play.copies(),
+        "site2:deleting site1:active",
+        "unseen is not gone (I11)"
+    );
+    play.world.lost.clear();
+    play.report(2, ReportedState::Gone);
+    play.settle();
+    assert_eq!(play.copies(), "site1:active");
+}
+
+#[test]
+fn who_is_cut_off_decides_nothing() {
+    let mut play = Play::new(&[300.0, 20.0]);
+    play.settle();
+    play.world.lost.insert(node(2));
+    play.world.isolated = true;
+    play.settle();
+    assert_eq!(play.copies(), "site2:active");
+}
+
+#[test]
+fn with_failover_never_the_app_waits_for_its_site() {
+    let mut play = Play::with(&[300.0, 20.0], json!({"failover": {"mode": "never"}}));
+    play.settle();
+    play.world.lost.insert(node(2));
+    play.pass(1);
+    play.settle();
+    assert_eq!(play.copies(), "site2:active");
+}
+
+#[test]
+fn recreate_removes_the_old_copy_first() {
+    let mut play = Play::with(
+        &[500.0, 300.0],
+        json!({"migration": {"strategy": "recreate"}}),
+    );
+    play.settle();
+    play.world.sites[0].metrics.insert("carbon".to_owned(), 0.0);
+    play.pass(1);
+    play.settle();
+    play.pass(HOLD);
+    play.settle();
+    assert_eq!(play.copies(), "site2:deleting");
+    play.report(2, ReportedState::Gone);
+    play.settle();
+    assert_eq!(play.copies(), "site1:active");
+}
+
+#[test]
+fn a_deleted_app_goes_when_every_site_has_confirmed_or_leaves_a_tombstone() {
+    let mut play = Play::new(&[300.0, 20.0]);
+    play.settle();
+    play.app.deleting = true;
+    play.settle();
+    assert_eq!(play.copies(), "site2:deleting");
+    assert!(!play.finished);
+    play.report(2, ReportedState::Gone);
+    play.settle();
+    assert!(play.finished && play.tombstone.is_none());
+
+    let mut play = Play::new(&[300.0, 20.0]);
+    play.settle();
+    play.world.lost.insert(node(2));
+    play.app.deleting = true;
+    play.settle();
+    assert!(play.finished);
+    assert_eq!(play.tombstone.unwrap().targets[0].site, "site2");
+}

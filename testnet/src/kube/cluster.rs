@@ -28,6 +28,9 @@ const PODS_PER_NODE: u64 = 110;
 /// More nodes than this show nothing more.
 const NODES_MAX: u64 = 8;
 
+/// Who plays the kubelet of each node.
+const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
+
 /// What the nodes of a cluster offer in all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capacity {
@@ -176,6 +179,7 @@ impl RealCluster {
             format!("--secure-port={}", ports.scheduler),
         ];
         self.spawn("kube-scheduler", &assets.kube_scheduler, scheduler)?;
+        drop_leases(&client).await?;
         self.spawn_kwok()?;
         let nodes = nodes(name, capacity)?;
         for node in &nodes {
@@ -184,13 +188,16 @@ impl RealCluster {
         self.wait_until_usable(&client, nodes.len()).await
     }
 
-    /// Ready: every node is, and pods can be made (which takes the default service account).
+    /// Ready: every node is and belongs to this kwok, and pods can be made (which takes the
+    /// default service account).
     async fn wait_until_usable(&self, client: &Client, node_count: usize) -> anyhow::Result<()> {
         loop {
             self.check_alive()?;
             let account = "/api/v1/namespaces/default/serviceaccounts/default";
             if let Ok(list) = get_json(client, "/api/v1/nodes").await
                 && ready_nodes(&list) >= node_count
+                && let Ok(leases) = get_json(client, LEASES).await
+                && leases["items"].as_array().map_or(0, Vec::len) >= node_count
                 && get(client, account).await.is_ok()
             {
                 return Ok(());
@@ -292,7 +299,7 @@ impl RealCluster {
     /// turn a pod ready again, which a kubelet does.
     ///
     /// # Errors
-    /// When kwok cannot be started.
+    /// When the API server does not answer, or kwok cannot be started.
     pub async fn resume(&mut self) -> anyhow::Result<()> {
         for process in self.ids() {
             process.signal(Signal::SIGCONT);
@@ -300,6 +307,7 @@ impl RealCluster {
         if let Some((_, kwok)) = self.processes.iter().find(|(name, _)| name == "kwok") {
             process::kill_now(&[*kwok]).await;
         }
+        drop_leases(&client(&self.kubeconfig).await?).await?;
         self.spawn_kwok()
     }
 
@@ -509,6 +517,16 @@ async fn get(client: &Client, path: &str) -> anyhow::Result<String> {
 
 async fn get_json(client: &Client, path: &str) -> anyhow::Result<Value> {
     Ok(serde_json::from_str(&get(client, path).await?)?)
+}
+
+/// A new kwok would leave the nodes alone until the lease of the one before has run out.
+async fn drop_leases(client: &Client) -> anyhow::Result<()> {
+    let request = http::Request::delete(LEASES).body(Vec::new())?;
+    client
+        .request_text(request)
+        .await
+        .context("cannot take the nodes over from an earlier kwok")?;
+    Ok(())
 }
 
 /// Creates an object; one that is there already is left as it is.

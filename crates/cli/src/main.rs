@@ -1,3 +1,5 @@
-//! Entry point.
+//! Entry point of `krakectl`.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    krake_cli::main()
+}

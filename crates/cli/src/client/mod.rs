@@ -52,6 +52,18 @@ pub const APPLY_PATCH: &str = "application/apply-patch+yaml";
 /// The body is a merge patch.
 pub const MERGE_PATCH: &str = "application/merge-patch+json";
 
+/// Takes what a client has to tell while it works.
+pub type Log = dyn Fn(LogLevel, &str) + Send + Sync;
+
+/// How much a line of the log matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogLevel {
+    /// A node was left for another.
+    Notice,
+    /// A request.
+    Debug,
+}
+
 /// A client; cheap to clone, clones share which node answered last.
 #[derive(Clone)]
 pub struct Client {
@@ -64,7 +76,7 @@ struct Inner {
     current: AtomicUsize,
     token: Option<String>,
     timeout: Duration,
-    log: Option<Arc<dyn Fn(&str) + Send + Sync>>,
+    log: Option<Arc<Log>>,
 }
 
 #[derive(Debug, Clone)]
@@ -326,7 +338,9 @@ fn warnings(headers: &HeaderMap) -> Vec<String> {
         .filter_map(|value| value.to_str().ok())
         .map(|value| {
             let text = value.splitn(3, ' ').nth(2).unwrap_or(value);
-            let inner = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+            let inner = text
+                .strip_prefix('"')
+                .and_then(|text| text.strip_suffix('"'));
             inner.unwrap_or(text).replace("\\\"", "\"")
         })
         .collect()
@@ -367,7 +381,7 @@ impl Client {
 
     /// The same, which tells `log` of every request and failover.
     #[must_use]
-    pub fn with_log(self, log: Arc<dyn Fn(&str) + Send + Sync>) -> Self {
+    pub fn with_log(self, log: Arc<Log>) -> Self {
         self.changed(|inner| inner.log = Some(log))
     }
 
@@ -415,9 +429,9 @@ impl Client {
                 .compare_exchange(index, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    fn log(&self, text: impl FnOnce() -> String) {
+    fn log(&self, level: LogLevel, text: impl FnOnce() -> String) {
         if let Some(log) = &self.inner.log {
-            log(&text());
+            log(level, &text());
         }
     }
 
@@ -468,7 +482,9 @@ impl Client {
             if Instant::now() + pause >= deadline {
                 return Err(ClientError::Refused(Box::new(busy)));
             }
-            self.log(|| format!("all nodes are busy ({}), trying again", busy.message));
+            self.log(LogLevel::Debug, || {
+                format!("all nodes are busy ({}), trying again", busy.message)
+            });
             tokio::time::sleep(pause).await;
         }
     }
@@ -476,13 +492,18 @@ impl Client {
     /// Tries every node once.
     async fn round(&self, request: &Request, deadline: Instant) -> Result<Round, ClientError> {
         let first = self.current();
-        let (mut tried, mut busy) = (Vec::new(), None);
+        let (mut tried, mut busy): (Vec<Attempt>, _) = (Vec::new(), None);
         for step in 0..self.inner.servers.len() {
             let index = (first + step) % self.inner.servers.len();
             let server = self.server(index);
             let reason = match self.attempt(server, request, deadline).await {
                 Ok(response) => {
                     self.inner.current.store(index, Ordering::Relaxed);
+                    if let Some(Attempt { address, reason }) = tried.first() {
+                        self.log(LogLevel::Notice, || {
+                            format!("{address}: {reason}; asking {} instead", server.address)
+                        });
+                    }
                     return Ok(Round::Done(response));
                 }
                 Err(AttemptError::Refused(refusal)) => {
@@ -504,7 +525,7 @@ impl Client {
                 }
                 Err(AttemptError::Failed(failure)) => failure.reason,
             };
-            self.log(|| format!("{}: {reason}", server.address));
+            self.log(LogLevel::Debug, || format!("{}: {reason}", server.address));
             tried.push(Attempt {
                 address: server.address.clone(),
                 reason,
@@ -539,7 +560,7 @@ impl Client {
             .attend(deadline, work)
             .await
             .map_err(AttemptError::Failed)?;
-        self.log(|| {
+        self.log(LogLevel::Debug, || {
             let took = begun.elapsed().as_millis();
             let (method, path) = (&request.method, &request.path);
             format!("{method} {}{path} → {status} in {took} ms", server.address)

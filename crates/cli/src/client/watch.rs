@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::{Client, ClientError, Refusal, Request, Response, chain, header_text};
+use super::{Client, ClientError, LogLevel, Refusal, Request, Response, chain, header_text};
 
 /// A watch that is quiet for this long asks whether its node still lives. Nodes send bookmarks
 /// only every 30 s, which is long for somebody who waits.
@@ -215,7 +215,7 @@ impl Watch {
             Err(_) => {
                 if !self.client.server(index).lives().await {
                     let address = &self.client.server(index).address;
-                    self.client.log(|| {
+                    self.client.log(LogLevel::Notice, || {
                         format!("{address} does not answer any more; the watch goes on elsewhere")
                     });
                     self.client.leave(index);
@@ -227,8 +227,9 @@ impl Watch {
             Ok(ended) => {
                 if let Err(reason) = ended {
                     let address = &self.client.server(index).address;
-                    self.client
-                        .log(|| format!("the watch at {address} broke: {reason}"));
+                    self.client.log(LogLevel::Debug, || {
+                        format!("the watch at {address} broke: {reason}")
+                    });
                 }
                 self.stream = None;
                 return Ok(());
@@ -351,8 +352,9 @@ impl Watch {
                 if !busy || since.elapsed() >= self.client.inner.timeout {
                     return Err(error);
                 }
-                self.client
-                    .log(|| format!("the watch is not served: {error}; trying again"));
+                self.client.log(LogLevel::Debug, || {
+                    format!("the watch is not served: {error}; trying again")
+                });
                 tokio::time::sleep(RETRY_PAUSE).await;
                 Ok(())
             }

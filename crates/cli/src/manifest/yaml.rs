@@ -150,9 +150,8 @@ fn steps(path: &str) -> Vec<Step<'_>> {
         if !key.is_empty() {
             steps.push(Step::Key(key));
         }
-        while let Some((index, after)) = rest
-            .strip_prefix('[')
-            .and_then(|rest| rest.split_once(']'))
+        while let Some((index, after)) =
+            rest.strip_prefix('[').and_then(|rest| rest.split_once(']'))
         {
             match index.parse() {
                 Ok(index) => steps.push(Step::Index(index)),
@@ -279,7 +278,10 @@ fn position(text: &str, line: u64, column: u64) -> Range<usize> {
         .sum::<usize>();
     let rest = text[line_start..].split('\n').next().unwrap_or_default();
     let column = column.saturating_sub(1) as usize;
-    let at = rest.char_indices().nth(column).map(|(at, _)| line_start + at);
+    let at = rest
+        .char_indices()
+        .nth(column)
+        .map(|(at, _)| line_start + at);
     let visible = |at: &usize| !text[*at..].trim_start_matches([' ', '\t', '\r']).is_empty();
     let at = at.filter(visible).unwrap_or_else(|| {
         let before = text[..line_start + rest.len()].trim_end();
@@ -302,9 +304,16 @@ fn yaml_error(error: &serde_saphyr::Error, text: &str) -> YamlError {
     };
     let lower = message.to_lowercase();
     YamlError {
-        limit: ["budget", "limit", "exceed", "too deep", "too many", "recursion"]
-            .iter()
-            .any(|word| lower.contains(word)),
+        limit: [
+            "budget",
+            "limit",
+            "exceed",
+            "too deep",
+            "too many",
+            "recursion",
+        ]
+        .iter()
+        .any(|word| lower.contains(word)),
         message: message.to_owned(),
         span,
     }
@@ -316,7 +325,8 @@ mod tests {
 
     use super::*;
 
-    const TEXT: &str = "a: 1\nlist:\n  - name: x\n  - {name: y, deep: [1, 2]}\n\"80\": text\n---\n---\nb: true\n";
+    const TEXT: &str =
+        "a: 1\nlist:\n  - name: x\n  - {name: y, deep: [1, 2]}\n\"80\": text\n---\n---\nb: true\n";
 
     #[test]
     fn values_and_places_are_right() {

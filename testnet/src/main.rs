@@ -1,3 +1,7 @@
-//! Entry point.
+//! Entry point of `krake-testnet`.
 
-fn main() {}
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

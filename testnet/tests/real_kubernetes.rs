@@ -52,9 +52,15 @@ async fn a_cluster_comes_back_with_its_objects_after_a_power_cut() {
         .unwrap();
     let dir = tempfile::tempdir().unwrap();
     let started = Instant::now();
-    let cluster = RealCluster::start_with(&assets, dir.path(), "oslo", &Capacity::default())
-        .await
-        .unwrap();
+    let cluster = RealCluster::start_with(
+        &assets,
+        dir.path(),
+        "oslo",
+        &Capacity::default(),
+        |_| Ok(()),
+    )
+    .await
+    .unwrap();
     let first_start = started.elapsed();
     assert_eq!(cluster.pids.len(), 5);
     let file = dir.path().join("web.json");
@@ -73,9 +79,15 @@ async fn a_cluster_comes_back_with_its_objects_after_a_power_cut() {
     cluster.kill().await;
     assert!(processes.iter().all(|(_, process)| !process.is_alive()));
     let started = Instant::now();
-    let mut cluster = RealCluster::start_with(&assets, dir.path(), "oslo", &Capacity::default())
-        .await
-        .unwrap();
+    let mut cluster = RealCluster::start_with(
+        &assets,
+        dir.path(),
+        "oslo",
+        &Capacity::default(),
+        |_| Ok(()),
+    )
+    .await
+    .unwrap();
     let second_start = started.elapsed();
     let kubectl = Kubectl {
         assets: &assets,

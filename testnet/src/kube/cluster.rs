@@ -104,18 +104,20 @@ impl RealCluster {
     /// ends or does not become ready; the text has the end of its log.
     pub async fn start(dir: &Path, name: &str, capacity: &Capacity) -> anyhow::Result<Self> {
         let assets = super::assets(&Progress::default()).await?;
-        Self::start_with(&assets, dir, name, capacity).await
+        Self::start_with(&assets, dir, name, capacity, |_| Ok(())).await
     }
 
-    /// As [`RealCluster::start`], with programs found before.
+    /// As [`RealCluster::start`], with programs found before. `note` learns of every process as
+    /// soon as it runs, so that somebody else can end it if this program cannot.
     ///
     /// # Errors
-    /// As there.
+    /// As there, and those of `note`.
     pub async fn start_with(
         assets: &Assets,
         dir: &Path,
         name: &str,
         capacity: &Capacity,
+        note: impl Fn(&[(String, ProcessId)]) -> anyhow::Result<()> + Send + Sync,
     ) -> anyhow::Result<Self> {
         let dir = std::path::absolute(dir)?;
         let ports = prepare(&dir, name)?;
@@ -128,7 +130,8 @@ impl RealCluster {
             directory: dir,
             ends_with_us: true,
         };
-        match tokio::time::timeout(READY_WITHIN, cluster.bring_up(name, ports, capacity)).await {
+        let starting = cluster.bring_up(name, ports, capacity, &note);
+        match tokio::time::timeout(READY_WITHIN, starting).await {
             Ok(result) => result?,
             Err(_) => bail!(
                 "Kubernetes of {name} was not ready after {} s; its logs are in {}",
@@ -144,6 +147,7 @@ impl RealCluster {
         name: &str,
         ports: Ports,
         capacity: &Capacity,
+        note: &(impl Fn(&[(String, ProcessId)]) -> anyhow::Result<()> + Sync),
     ) -> anyhow::Result<()> {
         let assets = self.assets.clone();
         self.spawn("etcd", &assets.etcd, etcd_arguments(&self.directory, ports))?;
@@ -152,6 +156,7 @@ impl RealCluster {
             &assets.kube_apiserver,
             api_server_arguments(&self.directory, ports),
         )?;
+        note(&self.processes)?;
         // The API server makes its certificate, to which the kubeconfig points, when it starts.
         let certificate = self.directory.join("certificates/apiserver.crt");
         self.until(|| certificate.exists()).await?;
@@ -181,6 +186,7 @@ impl RealCluster {
         self.spawn("kube-scheduler", &assets.kube_scheduler, scheduler)?;
         drop_leases(&client).await?;
         self.spawn_kwok()?;
+        note(&self.processes)?;
         let nodes = nodes(name, capacity)?;
         for node in &nodes {
             create(&client, "/api/v1/nodes", node).await?;

@@ -17,7 +17,7 @@ First steps: krake-testnet up --demo; krakectl init; krakectl plan -f app.yaml;
 
 /// Runs applications on the best site of a federation, asked through any of its nodes.
 #[derive(Debug, Parser)]
-#[command(name = "krakectl", version, about, after_help = AFTER_HELP, disable_help_subcommand = true,
+#[command(name = "krakectl", version, after_help = AFTER_HELP, disable_help_subcommand = true,
     max_term_width = 100)]
 pub struct Cli {
     /// Flags of every command.
@@ -39,24 +39,38 @@ pub struct Global {
         long,
         global = true,
         env = "KRAKE_SERVER",
+        hide_env_values = true,
         value_delimiter = ',',
         value_name = "URL"
     )]
     pub server: Vec<String>,
     /// File with the token; the token itself only by KRAKE_TOKEN
-    #[arg(long, global = true, env = "KRAKE_TOKEN_FILE", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(long, global = true, env = "KRAKE_TOKEN_FILE", hide_env_values = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub token_file: Option<PathBuf>,
     /// Context to use [default: the current one]
-    #[arg(long, global = true, env = "KRAKE_CONTEXT", value_name = "NAME")]
+    #[arg(
+        long,
+        global = true,
+        env = "KRAKE_CONTEXT",
+        hide_env_values = true,
+        value_name = "NAME"
+    )]
     pub context: Option<String>,
     /// File with the contexts [default: $XDG_CONFIG_HOME/krake/krakectl.toml]
-    #[arg(long, global = true, env = "KRAKE_CONFIG", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(long, global = true, env = "KRAKE_CONFIG", hide_env_values = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub config: Option<PathBuf>,
     /// Namespace [default: the context's, else default]
-    #[arg(short, long, global = true, env = "KRAKE_NAMESPACE", value_name = "NS")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        env = "KRAKE_NAMESPACE",
+        hide_env_values = true,
+        value_name = "NS"
+    )]
     pub namespace: Option<String>,
     /// How long one request may take, failing over included
-    #[arg(long, global = true, env = "KRAKE_TIMEOUT", value_name = "TIME", default_value = "30s", value_parser = duration)]
+    #[arg(long, global = true, env = "KRAKE_TIMEOUT", hide_env_values = true, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub request_timeout: Duration,
     /// Show every request
     #[arg(short, long, global = true)]
@@ -210,6 +224,7 @@ pub struct StatusArgs {
         long,
         default_value = "table",
         env = "KRAKE_OUTPUT",
+        hide_env_values = true,
         value_name = "table|json|yaml"
     )]
     pub output: Format,
@@ -233,6 +248,7 @@ pub struct PlanArgs {
         long,
         default_value = "table",
         env = "KRAKE_OUTPUT",
+        hide_env_values = true,
         value_name = "table|json|yaml"
     )]
     pub output: Format,
@@ -251,7 +267,7 @@ pub struct ApplyArgs {
     #[arg(long, default_value = "5m", value_parser = duration, alias = "wait-timeout", value_name = "TIME")]
     pub timeout: Duration,
     /// Check everything on the node (server), or without one (client), and change nothing
-    #[arg(long, value_enum, num_args = 0..=1, default_value = "none", default_missing_value = "server", require_equals = true, value_name = "server|client")]
+    #[arg(long, value_enum, num_args = 0..=1, default_value = "none", hide_default_value = true, default_missing_value = "server", require_equals = true, value_name = "server|client")]
     pub dry_run: DryRun,
     /// Take over fields that others have set
     #[arg(long)]
@@ -268,6 +284,7 @@ pub struct ApplyArgs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DryRun {
     /// Nothing.
+    #[value(hide = true)]
     None,
     /// The node checks everything and changes nothing.
     Server,
@@ -287,6 +304,7 @@ pub struct WhyArgs {
         long,
         default_value = "table",
         env = "KRAKE_OUTPUT",
+        hide_env_values = true,
         value_name = "table|json|yaml"
     )]
     pub output: Format,
@@ -313,6 +331,7 @@ pub struct GetArgs {
         long,
         default_value = "table",
         env = "KRAKE_OUTPUT",
+        hide_env_values = true,
         value_name = "FORMAT"
     )]
     pub output: Format,
@@ -416,6 +435,7 @@ pub enum TokenCommand {
             long,
             default_value = "table",
             env = "KRAKE_OUTPUT",
+            hide_env_values = true,
             value_name = "table|json|yaml"
         )]
         output: Format,

@@ -119,11 +119,14 @@ fn write_value(out: &mut String, key: &str, value: &Value, depth: usize) {
     match value {
         Value::Object(map) if !map.is_empty() => {
             let _ = writeln!(out, "{label}");
+            let numbers = map.values().all(Value::is_number);
+            let chosen = |key: &str| {
+                let small = key.chars().next().is_some_and(|c| c.is_ascii_lowercase());
+                !small || key.contains(['/', '.', '-'])
+            };
             for (key, value) in map {
                 // Names that people chose stay as they are.
-                if is_scalar(value)
-                    && matches!(key.chars().next(), Some(c) if !c.is_ascii_lowercase() || key.contains(['/', '.', '-']))
-                {
+                if numbers || (is_scalar(value) && chosen(key)) {
                     let _ = writeln!(out, "{pad}  {key}: {}", scalar(value));
                 } else {
                     write_value(out, key, value, depth + 1);

@@ -92,8 +92,11 @@ fn ranges(groups: &[&str]) -> String {
     words.join(", ")
 }
 
+/// Leader, voters and learners of a group.
+type Makeup<'a> = (Option<&'a str>, &'a [String], &'a [String]);
+
 fn group_rows(groups: &[GroupStatus]) -> Vec<Vec<String>> {
-    let mut alike: BTreeMap<(Option<&str>, &[String], &[String]), Vec<&str>> = BTreeMap::new();
+    let mut alike: BTreeMap<Makeup<'_>, Vec<&str>> = BTreeMap::new();
     for group in groups {
         let key = (
             group.leader.as_deref(),

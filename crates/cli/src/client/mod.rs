@@ -429,6 +429,17 @@ impl Client {
                 .compare_exchange(index, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// The node `index` answered, after those in `tried` did not.
+    fn settle(&self, index: usize, tried: &[Attempt]) {
+        self.inner.current.store(index, Ordering::Relaxed);
+        if let Some(Attempt { address, reason }) = tried.first() {
+            let instead = &self.server(index).address;
+            self.log(LogLevel::Notice, || {
+                format!("{address}: {reason}; asking {instead} instead")
+            });
+        }
+    }
+
     fn log(&self, level: LogLevel, text: impl FnOnce() -> String) {
         if let Some(log) = &self.inner.log {
             log(level, &text());
@@ -498,19 +509,14 @@ impl Client {
             let server = self.server(index);
             let reason = match self.attempt(server, request, deadline).await {
                 Ok(response) => {
-                    self.inner.current.store(index, Ordering::Relaxed);
-                    if let Some(Attempt { address, reason }) = tried.first() {
-                        self.log(LogLevel::Notice, || {
-                            format!("{address}: {reason}; asking {} instead", server.address)
-                        });
-                    }
+                    self.settle(index, &tried);
                     return Ok(Round::Done(response));
                 }
                 Err(AttemptError::Refused(refusal)) => {
                     // 429: it was not begun. 503: it may have been.
                     let again = refusal.code == 429 || (refusal.code == 503 && request.repeatable);
                     if !again {
-                        self.inner.current.store(index, Ordering::Relaxed);
+                        self.settle(index, &tried);
                         return Err(ClientError::Refused(refusal));
                     }
                     let reason = refusal.message.clone();

@@ -399,12 +399,20 @@ fn bad_constraint(
     message: &str,
 ) -> Report {
     let title = title(document);
-    let report = Report::new(
-        Exit::Invalid,
-        "constraint",
-        format!("a constraint of {title} cannot be read"),
-    )
-    .help("write `LABEL = X`, `LABEL != X`, `LABEL in (X, Y)`, `LABEL not in (X, Y)`, `METRIC <= 5`; `krakectl help constraints` says more");
+    let report = if message.starts_with("unknown metric") {
+        Report::new(
+            Exit::Invalid,
+            "unknown-metric",
+            format!("a constraint of {title} names a metric that the federation does not have"),
+        )
+    } else {
+        Report::new(
+            Exit::Invalid,
+            "constraint",
+            format!("a constraint of {title} cannot be read"),
+        )
+        .help("write `LABEL = X`, `LABEL != X`, `LABEL in (X, Y)`, `LABEL not in (X, Y)`, `METRIC <= 5`; `krakectl help constraints` says more")
+    };
     match document.text_snippet(path, text, column, message) {
         Some(snippet) => report.at(snippet),
         None => {

@@ -174,6 +174,12 @@ impl State {
         found.ok_or(error)
     }
 
+    /// All nodes that are alive.
+    pub fn nodes_alive(&self) -> Vec<ProcessId> {
+        let nodes = self.sites.iter().filter_map(|site| site.node);
+        nodes.filter(|node| node.is_alive()).collect()
+    }
+
     /// All processes that are alive.
     pub fn alive(&self) -> Vec<ProcessId> {
         self.sites.iter().flat_map(SiteState::alive).collect()
@@ -192,8 +198,10 @@ pub fn unknown(what: &str, name: &str, known: &[&str]) -> anyhow::Error {
         })
         .min()
         .filter(|(distance, known)| *distance <= known.len() / 3 + 1)
-        .map(|(_, known)| format!("; did you mean `{known}`?"))
-        .unwrap_or_default();
+        .map_or_else(
+            || ".".to_owned(),
+            |(_, known)| format!("; did you mean `{known}`?"),
+        );
     let shown: Vec<&str> = known.iter().copied().take(30).collect();
     let more = if known.len() > shown.len() {
         ", …"

@@ -29,8 +29,12 @@ pub const CONTEXT: &str = "testnet";
 pub const DEMO: &str = include_str!("../../examples/shop.yaml");
 /// Where it is in the API.
 const DEMO_PATH: &str = "/apis/krake.dev/v1/namespaces/default/applications/shop";
-/// How long processes may take to end by themselves before they are killed.
-const STOP_PATIENCE: Duration = Duration::from_secs(10);
+/// How long nodes may take to hand over and to end before they are killed.
+const NODE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long clusters may take: an API server would wait for its watches, and nothing is lost.
+const CLUSTER_PATIENCE: Duration = Duration::from_secs(1);
+/// A restarted site may stay unready, when others are away.
+const READY_WITHIN: Duration = Duration::from_secs(20);
 /// A federation that has not formed by then never will.
 const FORM_WITHIN: Duration = Duration::from_secs(180);
 /// The demo app is ready by then or not at all.
@@ -468,12 +472,14 @@ impl Testnet {
         Ok(())
     }
 
-    /// Starts what was killed: the cluster first, then the node; waits until the node serves.
+    /// Starts what was killed: the cluster first, then the node. Waits until the node answers, and
+    /// a while until it is ready; whether it is. It cannot be while its groups have no majority or
+    /// their leaders are behind a partition.
     ///
     /// # Errors
     /// When there is no such site, it runs already, is paused, or does not start.
-    pub async fn restart(&self, site: &str) -> anyhow::Result<()> {
-        let mut state = self.directory.require()?;
+    pub async fn restart(&self, site: &str) -> anyhow::Result<bool> {
+        let state = self.directory.require()?;
         let before = state.site(site)?.clone();
         if before.wish == Wish::Paused {
             bail!("{site} is paused; let it go on with chaos resume {site}");
@@ -492,15 +498,21 @@ impl Testnet {
                 process::kill_now(&before.cluster_alive()).await;
                 self.starter.start_cluster(&before).await?;
             }
-            if before.node_alive() {
-                return Ok(());
+            if !before.node_alive() {
+                self.starter.start_node(&before).await?;
             }
-            let process = self.starter.start_node(&before).await?;
-            self.starter.node_ready(site, process).await
+            Ok(())
         };
         // From now on a death is unexpected, and said so.
-        state = self.set_wish(site, Wish::Running, started).await?;
-        state.site(site).map(|_| ())
+        let state = self.set_wish(site, Wish::Running, started).await?;
+        let Some(process) = state.site(site)?.node else {
+            return Ok(false);
+        };
+        let ready = self.starter.node_ready(site, process);
+        match tokio::time::timeout(READY_WITHIN, ready).await {
+            Ok(result) => result.map(|()| true),
+            Err(_) => Ok(false),
+        }
     }
 
     async fn set_wish(
@@ -688,7 +700,7 @@ struct Parts<'a> {
 pub struct Stopped {
     /// Processes that ran.
     pub processes: usize,
-    /// Those of them that had to be killed.
+    /// Nodes that had to be killed.
     pub killed: usize,
 }
 
@@ -709,25 +721,25 @@ pub async fn down(directory: &Directory) -> anyhow::Result<Stopped> {
     if let Some(holder) = state.holder.filter(|holder| holder.pid != own) {
         // It stops what it is starting just now; what it leaves is ended below.
         holder.signal(Signal::SIGTERM);
-        let patience = STOP_PATIENCE + Duration::from_secs(5);
+        let patience = NODE_PATIENCE + Duration::from_secs(5);
         if !holder.gone_within(patience).await {
             process::kill_now(&[holder]).await;
         }
     }
-    let mut processes = state.alive();
-    let mut killed = process::terminate(&processes, STOP_PATIENCE).await;
-    // Whatever was started meanwhile.
-    let late = directory.require()?.alive();
-    killed += process::terminate(&late, STOP_PATIENCE).await;
-    processes.extend(late);
+    let mut processes = 0;
+    let mut killed = 0;
+    // Twice, for what was started meanwhile.
+    for state in [state, directory.require()?] {
+        let nodes = state.nodes_alive();
+        processes += state.alive().len();
+        killed += process::terminate(&nodes, NODE_PATIENCE).await;
+        process::terminate(&state.alive(), CLUSTER_PATIENCE).await;
+    }
     directory.update(|state| {
         state.holder = None;
         Ok(())
     })?;
-    Ok(Stopped {
-        processes: processes.len(),
-        killed,
-    })
+    Ok(Stopped { processes, killed })
 }
 
 /// A process that ended although nobody asked it to.

@@ -69,7 +69,7 @@ async fn down(directory: &Directory, purge: bool) -> anyhow::Result<ExitCode> {
         (0, _) => print(&format!("nothing was running in {path}")),
         (all, 0) => print(&format!("stopped {all} processes of {path}")),
         (all, killed) => print(&format!(
-            "stopped {all} processes of {path}; {killed} did not end by themselves and were killed"
+            "stopped {all} processes of {path}; {killed} nodes did not end by themselves and were killed"
         )),
     }
     if purge {
@@ -88,8 +88,13 @@ async fn cause(directory: Directory, chaos: Chaos) -> anyhow::Result<ExitCode> {
             print(&format!("killed {what}{site}"));
         }
         Chaos::Restart { site } => {
-            testnet.restart(&site).await?;
-            print(&format!("{site} runs again"));
+            if testnet.restart(&site).await? {
+                print(&format!("{site} runs again"));
+            } else {
+                print(&format!(
+                    "{site} runs again, but is not ready: not all groups have a leader that it hears (are others away, or cut off?)"
+                ));
+            }
         }
         Chaos::Pause { site } => {
             testnet.pause(&site).await?;

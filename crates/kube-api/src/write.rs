@@ -84,6 +84,7 @@ async fn prepare_new(
 ) -> Result<(Value, Vec<Cause>), ApiError> {
     let kind = &target.kind;
     let warnings = check_fields(service, query, kind, &mut object)?;
+    fill_defaults(kind, &mut object);
     name_in_place(target, &mut object)?;
     if text(&object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty()) {
         return Err(ApiError::bad_request(
@@ -177,6 +178,12 @@ fn name_in_place(target: &Target, object: &mut Value) -> Result<(), ApiError> {
     }
 }
 
+fn fill_defaults(kind: &Kind, object: &mut Value) {
+    if let Some(schema) = &kind.schema {
+        schema::fill_defaults(schema, object);
+    }
+}
+
 fn check_fields(
     service: &Service,
     query: &Query,
@@ -198,7 +205,6 @@ fn check_fields(
         return Ok(Vec::new());
     };
     let unknown = schema::prune_unknown(wanted, object);
-    schema::fill_defaults(wanted, object);
     match mode {
         FieldValidation::Ignore => Ok(Vec::new()),
         FieldValidation::Warn => Ok(unknown),
@@ -489,6 +495,8 @@ async fn update(
     if !matches!(change, Change::Replace(_) | Change::Apply(_)) {
         change_warnings = check_fields(service, query, kind, &mut object)?;
     }
+    // After the patch: what an apply leaves out keeps its value, and nobody owns a default.
+    fill_defaults(kind, &mut object);
     name_in_place(target, &mut object)?;
     let expected = revision_of(old);
     let given = text(&object, "/metadata/resourceVersion").unwrap_or_default();

@@ -197,7 +197,7 @@ pub fn tail(log: &Path, lines_max: usize) -> String {
     let first = lines.len().saturating_sub(lines_max);
     lines[first..]
         .iter()
-        .map(|line| format!("    {}", line.chars().take(400).collect::<String>()))
+        .map(|line| format!("    {}", line.chars().take(240).collect::<String>()))
         .collect::<Vec<_>>()
         .join("\n")
 }

@@ -12,6 +12,8 @@ use crate::progress::Progress;
 const NODE: &str = "krake-node";
 const CONTROL: &str = "krakectl";
 const TESTNET: &str = "krake-testnet";
+/// Its time is when cargo was last asked to build them.
+const STAMP: &str = ".krake-testnet-asked";
 
 /// Where the programs are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,9 +87,10 @@ fn modified(path: &Path) -> Option<SystemTime> {
     path.metadata().ok()?.modified().ok()
 }
 
-/// Whether a program is newer than every file it was made from, which cargo lists beside it.
-fn is_fresh(program: &Path, root: &Path) -> bool {
-    let Some(built) = modified(program) else {
+/// Whether a program is newer than every file it was made from, which cargo lists beside it, or
+/// cargo was asked after they changed and found nothing to do.
+fn is_fresh(program: &Path, root: &Path, asked: Option<SystemTime>) -> bool {
+    let Some(built) = modified(program).max(asked) else {
         return false;
     };
     let Ok(list) = std::fs::read_to_string(program.with_extension("d")) else {
@@ -130,19 +133,25 @@ pub async fn ensure_programs(progress: &Progress) -> anyhow::Result<Programs> {
         );
     };
     let programs = Programs::in_directory(&built.directory);
+    let stamp = built.directory.join(STAMP);
     let mut wanted = vec![(NODE, &programs.node), (CONTROL, &programs.krakectl)];
     if !own {
         wanted.push((TESTNET, &programs.testnet));
     }
     let stale: Vec<&str> = wanted
         .iter()
-        .filter(|(_, path)| !is_fresh(path, &root))
+        .filter(|(_, path)| !path.is_file() || !is_fresh(path, &root, modified(&stamp)))
         .map(|(name, _)| *name)
         .collect();
     if !stale.is_empty() {
         progress.line(&format!("building {} …", stale.join(", ")));
         let names: Vec<&str> = wanted.iter().map(|(name, _)| *name).collect();
+        // What changes while cargo works is newer than this.
+        let asked = SystemTime::now();
         build(&root, &built, &names).await?;
+        let file = std::fs::File::create(&stamp)
+            .with_context(|| format!("cannot write {}", stamp.display()))?;
+        file.set_modified(asked)?;
     }
     let missing = programs.missing();
     if !missing.is_empty() {
@@ -228,10 +237,12 @@ mod tests {
             dir.path().display()
         );
         std::fs::write(at("krake-node.d"), list).unwrap();
-        assert!(is_fresh(&at("krake-node"), dir.path()));
+        let fresh = |asked| is_fresh(&at("krake-node"), dir.path(), asked);
+        assert!(fresh(None));
         touch("with blank.rs", old + std::time::Duration::from_secs(2));
-        assert!(!is_fresh(&at("krake-node"), dir.path()));
-        assert!(!is_fresh(&at("krakectl"), dir.path()));
+        assert!(!fresh(None));
+        assert!(fresh(Some(old + std::time::Duration::from_secs(3))));
+        assert!(!is_fresh(&at("krakectl"), dir.path(), None));
     }
 
     #[test]

@@ -128,7 +128,7 @@ impl Starter {
         NodeClient::new(site, &self.directory.socket(site))
     }
 
-    /// Writes what the site's processes read. `founder` holds the token.
+    /// Writes what the site's processes read.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -137,8 +137,18 @@ impl Starter {
         self.directory.create(Some(name))?;
         self.directory.create_socket_directory(name)?;
         let config = node_config(&self.directory, site, state)?;
-        write_private(&self.directory.node_config(name), config.as_bytes())?;
-        let founder = state.sites.first().context("a testnet without sites")?;
+        write_private(&self.directory.node_config(name), config.as_bytes())
+    }
+
+    /// Writes kubectl's way to the site's node; `founder` has the token.
+    ///
+    /// # Errors
+    /// When there is no token yet, or it cannot be written.
+    pub fn write_api_kubeconfig(&self, site: &SiteState, founder: &str) -> anyhow::Result<()> {
+        let name = &site.profile.name;
+        let token_file = self.directory.token(founder);
+        let token = std::fs::read_to_string(&token_file)
+            .with_context(|| format!("cannot read {}", token_file.display()))?;
         let kubeconfig = json!({
             "apiVersion": "v1",
             "kind": "Config",
@@ -146,9 +156,7 @@ impl Starter {
                 "server": format!("https://127.0.0.1:{}", site.api_port),
                 "certificate-authority": self.directory.data(name).join("ca.crt"),
             }}],
-            "users": [{"name": "admin", "user": {
-                "tokenFile": self.directory.token(&founder.profile.name),
-            }}],
+            "users": [{"name": "admin", "user": {"token": token.trim()}}],
             "contexts": [{"name": name, "context": {"cluster": name, "user": "admin"}}],
             "current-context": name,
         });

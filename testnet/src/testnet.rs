@@ -319,6 +319,7 @@ impl Testnet {
             starter.join(&starter.client(parts.founder)?, name).await
         };
         try_join(cluster, member).await?;
+        starter.write_api_kubeconfig(site, parts.founder)?;
         let process = starter.start_node(site).await?;
         starter.node_ready(name, process).await?;
         parts.nodes.advance();

@@ -125,24 +125,30 @@ fn doing(site: &SiteState) -> &'static str {
     }
 }
 
-/// The sites for people.
-pub fn site_table(state: &State, view: &View) -> String {
+/// A table without lines, as wide as it needs to be.
+pub fn plain_table() -> Table {
     let mut table = Table::new();
     table
         .load_style(TableStyle::new())
-        .set_content_arrangement(ContentArrangement::Disabled)
-        .set_header([
-            "SITE",
-            "PLACE",
-            "OPERATOR",
-            "g CO2/kWh",
-            "EUR/kWh",
-            "PUE",
-            "ERF",
-            "FREE",
-            "STATE",
-            "APPS",
-        ]);
+        .set_content_arrangement(ContentArrangement::Disabled);
+    table
+}
+
+/// The sites for people.
+pub fn site_table(state: &State, view: &View) -> String {
+    let mut table = plain_table();
+    table.set_header([
+        "SITE",
+        "PLACE",
+        "OPERATOR",
+        "g CO2/kWh",
+        "EUR/kWh",
+        "PUE",
+        "ERF",
+        "FREE",
+        "STATE",
+        "APPS",
+    ]);
     for column in 3..=6 {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);

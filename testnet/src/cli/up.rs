@@ -3,9 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use krake_testnet::progress::Progress;
 use krake_testnet::state::{Directory, State, Wish};
 use krake_testnet::{Testnet, UpOptions};
 use serde_json::{Value, json};
@@ -13,7 +12,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::arguments::UpArguments;
 use super::output::{self, Output, notice, print, print_json};
-use super::status::{View, site_table};
+use super::status::{View, plain_table, site_table};
 
 /// How often the processes are looked at.
 const LOOK: Duration = Duration::from_millis(300);
@@ -60,8 +59,12 @@ pub async fn up(directory: Directory, arguments: UpArguments) -> anyhow::Result<
     if let Some(count) = arguments.sites {
         options = options.sites(count)?;
     }
-    let progress = options.progress.clone();
-    progress.line(concat!("krake-testnet ", env!("CARGO_PKG_VERSION")));
+    options.progress.line(&format!(
+        "krake-testnet {} in {}",
+        env!("CARGO_PKG_VERSION"),
+        short(directory.path())
+    ));
+    let started = Instant::now();
     let testnet = tokio::select! {
         started = Testnet::up(options) => started?,
         // What was started until now ends with the future.
@@ -78,12 +81,13 @@ pub async fn up(directory: Directory, arguments: UpArguments) -> anyhow::Result<
         }))?;
     } else {
         show(&testnet, &state, arguments.demo, arguments.detach).await;
+        print(&format!("Up in {:.1} s.", started.elapsed().as_secs_f32()));
     }
     if arguments.detach {
         testnet.detach()?;
         return Ok(ExitCode::SUCCESS);
     }
-    stay(&testnet, &directory, &mut signals, &progress).await?;
+    stay(&testnet, &directory, &mut signals).await?;
     testnet.down().await?;
     if arguments.purge {
         directory.remove()?;
@@ -97,8 +101,8 @@ async fn stay(
     testnet: &Testnet,
     directory: &Directory,
     signals: &mut Signals,
-    progress: &Progress,
 ) -> anyhow::Result<()> {
+    let words = Words::new(testnet, directory);
     let mut told = BTreeSet::new();
     let mut look = tokio::time::interval(LOOK);
     loop {
@@ -117,10 +121,9 @@ async fn stay(
         }
         for death in testnet.unexpected_deaths()? {
             if told.insert((death.process.pid, death.process.start_ticks)) {
-                progress.line(&format!(
+                notice(&format!(
                     "{death}\n  start it again: {} chaos restart {}",
-                    own_command(),
-                    death.site
+                    words.testnet, death.site
                 ));
             }
         }
@@ -257,21 +260,26 @@ fn short_number(value: &Value) -> Option<String> {
 
 fn reach(directory: &Directory, state: &State, words: &Words) -> Vec<String> {
     let sites = krake_testnet::sites(directory, state);
-    let mut lines = vec!["How to reach them:".to_owned()];
-    lines.push(format!("  any node    {} get sites", words.krakectl));
+    let mut lines = vec![
+        "How to reach them:".to_owned(),
+        format!("  all nodes: {} get apps", words.krakectl),
+    ];
+    let mut table = plain_table();
+    table.set_header([
+        "SITE",
+        "API",
+        "KUBECTL TO ITS NODE: --kubeconfig",
+        "KUBECTL TO ITS KUBERNETES: --kubeconfig",
+    ]);
     for site in sites.iter().take(LISTED_MAX) {
-        lines.push(format!(
-            "  {:<11} kubectl --kubeconfig {} get applications   (its node, {})",
-            site.name,
+        table.add_row([
+            site.name.clone(),
+            site.api.clone(),
             short(&site.api_kubeconfig),
-            site.api
-        ));
-        lines.push(format!(
-            "  {:<11} kubectl --kubeconfig {} get pods -A        (its Kubernetes)",
-            "",
-            short(&site.kubeconfig)
-        ));
+            short(&site.kubeconfig),
+        ]);
     }
+    lines.extend(table.lines().map(|line| format!(" {}", line.trim_end())));
     if sites.len() > LISTED_MAX {
         lines.push(format!(
             "  … and {} more: {} status -o json",

@@ -218,6 +218,7 @@ impl RealCluster {
             "--manage-all-nodes=true".to_owned(),
             // Without it nodes become NotReady for a while every 55 s.
             "--node-lease-duration-seconds=40".to_owned(),
+            "--v=WARN".to_owned(),
         ];
         let kwok = self.assets.kwok.clone();
         self.spawn("kwok", &kwok, arguments)

@@ -77,6 +77,7 @@ fn candidates(record: &DecisionRecord, past: bool) -> String {
         .map(|candidate| {
             let verdict = match candidate.verdict {
                 Verdict::Chosen if past => "chosen",
+                Verdict::Chosen if record.outcome == Decided::Kept => "stay",
                 Verdict::Chosen => "place",
                 Verdict::Suitable if std::mem::take(&mut next) => "next",
                 Verdict::Suitable => "suitable",
@@ -196,7 +197,13 @@ pub async fn plan(session: &Session, arguments: &PlanArgs) -> Outcome {
         let value = json!({"decisions": records});
         session.ui.out(&arguments.output.print(&value))?;
     }
-    if records.iter().any(|record| record.chosen.is_none()) {
+    // One that stays where its policy forbids it fits nowhere either.
+    let fits = |record: &DecisionRecord| {
+        record.candidates.iter().any(|candidate| {
+            candidate.verdict == Verdict::Chosen && candidate.rejections.is_empty()
+        })
+    };
+    if !records.iter().all(fits) {
         return Err(Failure::silent(Exit::Unplaceable));
     }
     Ok(())

@@ -40,7 +40,17 @@ fn scalar(value: &Value) -> String {
     match value {
         Value::Object(map) if map.is_empty() => "-".to_owned(),
         Value::Array(items) if items.is_empty() => "-".to_owned(),
-        Value::Object(_) | Value::Array(_) => value.to_string(),
+        Value::Object(map) => {
+            let parts: Vec<String> = map
+                .iter()
+                .map(|(k, v)| format!("{k}={}", scalar(v)))
+                .collect();
+            parts.join(" ")
+        }
+        Value::Array(items) => {
+            let parts: Vec<String> = items.iter().map(scalar).collect();
+            parts.join(",")
+        }
         other => cell(other),
     }
 }
@@ -114,20 +124,29 @@ fn table(items: &[Value], pad: &str) -> Option<String> {
 }
 
 fn write_value(out: &mut String, key: &str, value: &Value, depth: usize) {
+    let label = format!("{}{}:", " ".repeat(depth * INDENT), heading(key));
+    write_under(out, &label, key, value, depth);
+}
+
+fn write_under(out: &mut String, label: &str, key: &str, value: &Value, depth: usize) {
     let pad = " ".repeat(depth * INDENT);
-    let label = format!("{pad}{}:", heading(key));
     match value {
         Value::Object(map) if !map.is_empty() => {
             let _ = writeln!(out, "{label}");
-            let numbers = map.values().all(Value::is_number);
+            let names = matches!(
+                key,
+                "labels" | "annotations" | "weights" | "metrics" | "backends"
+            );
             let chosen = |key: &str| {
                 let small = key.chars().next().is_some_and(|c| c.is_ascii_lowercase());
                 !small || key.contains(['/', '.', '-'])
             };
             for (key, value) in map {
                 // Names that people chose stay as they are.
-                if numbers || (is_scalar(value) && chosen(key)) {
+                if is_scalar(value) && (names || chosen(key)) {
                     let _ = writeln!(out, "{pad}  {key}: {}", scalar(value));
+                } else if names {
+                    write_under(out, &format!("{pad}  {key}:"), key, value, depth + 1);
                 } else {
                     write_value(out, key, value, depth + 1);
                 }

@@ -1,5 +1,7 @@
 //! `get`: lists, objects, and what changes.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 
 use super::args::GetArgs;
@@ -39,6 +41,15 @@ impl Columns {
         }
     }
 
+    /// A row without its ages, which change by themselves.
+    fn state(&self, row: &Value) -> Vec<String> {
+        let cells = self.headings.iter().zip(self.row(row));
+        cells
+            .filter(|(heading, _)| heading.as_str() != "AGE")
+            .map(|(_, cell)| cell)
+            .collect()
+    }
+
     fn row(&self, row: &Value) -> Vec<String> {
         let cells = row.get("cells").and_then(Value::as_array);
         let mut texts: Vec<String> = self
@@ -58,6 +69,15 @@ impl Columns {
         }
         texts
     }
+}
+
+/// Namespace and name of a row.
+fn id_of(row: &Value) -> String {
+    let text = |name: &str| {
+        let found = row.pointer(&format!("/object/metadata/{name}"));
+        found.and_then(Value::as_str).unwrap_or_default()
+    };
+    format!("{}/{}", text("namespace"), text("name"))
 }
 
 fn name_of(item: &Value) -> &str {
@@ -250,10 +270,22 @@ async fn watch(session: &Session, arguments: &GetArgs, selections: &[Selection])
             print_one(session, arguments, resource, item)?;
         }
     }
+    let mut shown: BTreeMap<String, Vec<String>> = listing
+        .items
+        .iter()
+        .map(|item| (id_of(item), columns.state(item)))
+        .collect();
     loop {
         let WatchEvent { kind, item, .. } = watch.next().await?;
         if table {
             let mut row = columns.row(&item);
+            let state = columns.state(&item);
+            if kind == WatchEventKind::Deleted {
+                shown.remove(&id_of(&item));
+            } else if shown.insert(id_of(&item), state.clone()) == Some(state) {
+                // What changed is not in the columns shown.
+                continue;
+            }
             if kind == WatchEventKind::Deleted {
                 row.push("(deleted)".to_owned());
             }

@@ -256,7 +256,11 @@ pub fn init(ui: Ui, arguments: &InitArgs) -> Outcome {
     if arguments.directory.as_os_str() == "-" {
         return ui.out(&text);
     }
-    let path = arguments.directory.join("app.yaml");
+    let path = if arguments.directory.as_os_str() == "." {
+        "app.yaml".into()
+    } else {
+        arguments.directory.join("app.yaml")
+    };
     let mut options = std::fs::OpenOptions::new();
     options.write(true);
     if arguments.force {

@@ -11,7 +11,7 @@ use miette::{
 };
 
 use super::exit::Exit;
-use crate::client::{ClientError, Refusal};
+use crate::client::{Attempt, ClientError, Refusal};
 use crate::context::ContextError;
 
 /// Lines longer than this are not shown; the place is named instead.
@@ -292,6 +292,16 @@ impl From<ContextError> for Report {
     }
 }
 
+/// Each address with why it did not answer.
+fn addresses(mut report: Report, tried: &[Attempt]) -> Report {
+    let width = tried.iter().map(|t| t.address.len()).max().unwrap_or(0);
+    for (index, Attempt { address, reason }) in tried.iter().enumerate() {
+        let word = if index == 0 { "tried" } else { "     " };
+        report = report.note(format!("{word}  {address:<width$}   {reason}"));
+    }
+    report
+}
+
 impl From<ClientError> for Report {
     fn from(error: ClientError) -> Self {
         let message = error.to_string();
@@ -299,16 +309,14 @@ impl From<ClientError> for Report {
             ClientError::Address { .. } => Self::new(Exit::Invalid, "address", message),
             ClientError::NoAddress => Self::new(Exit::Invalid, "address", message)
                 .help("name one: --server http://127.0.0.1:7443"),
+            ClientError::Timeout { tried } => {
+                let report = Self::new(Exit::TimedOut, "timeout", message);
+                addresses(report, &tried)
+                    .help("give it longer with --request-timeout; `krakectl status` shows whether a majority is there")
+            }
             ClientError::Unreachable { tried } => {
-                let width = tried.iter().map(|t| t.address.len()).max().unwrap_or(0);
-                let mut report = Self::new(Exit::Unreachable, "unreachable", message);
-                for (index, attempt) in tried.iter().enumerate() {
-                    let word = if index == 0 { "tried" } else { "     " };
-                    let address = &attempt.address;
-                    let reason = &attempt.reason;
-                    report = report.note(format!("{word}  {address:<width$}   {reason}"));
-                }
-                report
+                let report = Self::new(Exit::Unreachable, "unreachable", message);
+                addresses(report, &tried)
                     .help("is a node running here? `systemctl status krake-node`; or start a playground: `krake-testnet up`")
                     .help("another address: --server http://HOST:PORT[,…], KRAKE_SERVER, or `krakectl config use-context NAME`")
             }
@@ -370,7 +378,7 @@ impl From<Refusal> for Report {
             (409, "Conflict") if refusal.message.contains("conflict") && !refusal.causes.is_empty() => report
                 .help("somebody else set these fields; take them over with --force-conflicts, or leave them out"),
             (409, _) => report,
-            (404, _) => report.help(format!(
+            (404, "NotFound") => report.help(format!(
                 "asked {}; `krakectl get … -A` lists all namespaces",
                 refusal.served_by.as_deref().unwrap_or(&refusal.address)
             )),
@@ -398,7 +406,6 @@ pub fn closest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> Option<&
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::Attempt;
 
     const PLAIN: Look = Look {
         color: false,

@@ -27,7 +27,7 @@ const CONFIRM: Duration = Duration::from_secs(10);
 pub enum Goal {
     /// The condition `Ready` is true for the newest spec.
     Ready,
-    /// As [`Goal::Ready`], and that no site fits is an error at once.
+    /// The newest spec runs and nothing is being moved; that no site fits is an error at once.
     Running,
     /// The object is gone.
     Deleted,
@@ -132,6 +132,9 @@ fn has_condition(object: &Value, name: &str, status: &str) -> bool {
 
 /// One line about an object's state.
 pub fn summary(object: &Value) -> String {
+    if !is_current(object, &Value::Null) {
+        return "Pending  the new spec was not looked at yet".to_owned();
+    }
     let phase = match text(object, "/status/phase") {
         "" => text(object, "/status/state"),
         phase => phase,
@@ -332,7 +335,11 @@ fn judge(target: &Target, goal: &Goal, object: Option<&Value>) -> Progress {
         return Progress::Failed(Box::new(report.into()));
     };
     let reached = match goal {
-        Goal::Ready | Goal::Running => has_condition(object, "Ready", "True"),
+        Goal::Ready => has_condition(object, "Ready", "True"),
+        // While it moves it is ready at its old site, which is not what was applied.
+        Goal::Running => {
+            has_condition(object, "Ready", "True") && text(object, "/status/phase") == "Running"
+        }
         Goal::Condition { name, status } => has_condition(object, name, status),
         Goal::Phase(phase) => {
             let current = is_current(object, &Value::Null);
@@ -467,6 +474,9 @@ mod tests {
     fn ready_is_of_the_newest_spec() {
         assert!(done(&Goal::Ready, Some(&app(2, 2, "True", "Running"))));
         assert!(!done(&Goal::Ready, Some(&app(2, 1, "True", "Running"))));
+        assert!(done(&Goal::Ready, Some(&app(2, 2, "True", "Moving"))));
+        assert!(!done(&Goal::Running, Some(&app(2, 2, "True", "Moving"))));
+        assert!(done(&Goal::Running, Some(&app(2, 2, "True", "Running"))));
         assert!(!done(
             &Goal::Ready,
             Some(&app(2, 2, "False", "Progressing"))

@@ -221,7 +221,7 @@ pub struct CreatedToken {
     /// The secret itself.
     pub token: String,
     /// Names it for `revoke`.
-    pub id: Value,
+    pub id: String,
     /// When it expires.
     pub expires_at: Timestamp,
 }

@@ -23,6 +23,12 @@ pub enum ClientError {
         /// Each address with the reason.
         tried: Vec<Attempt>,
     },
+    /// Nodes are there, but none answered in time.
+    #[error("no answer in time")]
+    Timeout {
+        /// Each address with the reason.
+        tried: Vec<Attempt>,
+    },
     /// A write was sent and no answer came, and sending it again could do it twice.
     #[error(
         "{address} did not answer ({reason}); whether the request was carried out is not known"

@@ -35,7 +35,7 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long connecting to one node may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// A node that is silent for this long is asked whether it lives.
-const SILENCE: Duration = Duration::from_secs(3);
+const SILENCE: Duration = Duration::from_secs(2);
 /// And has this long to say so: a node that is stopped still accepts connections.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time between two rounds when all nodes said 503 and none said for how long.
@@ -126,6 +126,8 @@ struct Failure {
     reason: String,
     /// Whether the request may have been carried out.
     sent: bool,
+    /// Whether the node is there, and time was over.
+    late: bool,
 }
 
 impl fmt::Debug for Client {
@@ -283,16 +285,19 @@ impl Server {
             if let Ok(done) = tokio::time::timeout(pause, &mut work).await {
                 return done;
             }
-            let reason = if Instant::now() >= deadline {
-                "no answer in time"
-            } else if self.lives().await {
+            let late = Instant::now() >= deadline;
+            if !late && self.lives().await {
                 continue;
+            }
+            let reason = if late {
+                "no answer in time"
             } else {
                 "accepts connections but does not answer"
             };
             return Err(Failure {
                 reason: reason.to_owned(),
                 sent: true,
+                late,
             });
         }
     }
@@ -320,6 +325,7 @@ fn failure(error: &reqwest::Error) -> Failure {
         reason,
         // Nothing was sent when there was no connection.
         sent: !error.is_connect(),
+        late: false,
     }
 }
 
@@ -482,12 +488,16 @@ impl Client {
     pub async fn send(&self, request: &Request) -> Result<Response, ClientError> {
         let deadline = Instant::now() + self.inner.timeout;
         loop {
-            let (tried, busy) = match self.round(request, deadline).await? {
+            let (tried, busy, late) = match self.round(request, deadline).await? {
                 Round::Done(response) => return Ok(response),
-                Round::Failed { tried, busy } => (tried, busy),
+                Round::Failed { tried, busy, late } => (tried, busy, late),
             };
             let Some(busy) = busy else {
-                return Err(ClientError::Unreachable { tried });
+                return Err(if late {
+                    ClientError::Timeout { tried }
+                } else {
+                    ClientError::Unreachable { tried }
+                });
             };
             let pause = busy.retry_after.map_or(ROUND_PAUSE, Duration::from_secs);
             if Instant::now() + pause >= deadline {
@@ -503,7 +513,7 @@ impl Client {
     /// Tries every node once.
     async fn round(&self, request: &Request, deadline: Instant) -> Result<Round, ClientError> {
         let first = self.current();
-        let (mut tried, mut busy): (Vec<Attempt>, _) = (Vec::new(), None);
+        let (mut tried, mut busy, mut late) = (Vec::new(), None, false);
         for step in 0..self.inner.servers.len() {
             let index = (first + step) % self.inner.servers.len();
             let server = self.server(index);
@@ -529,7 +539,10 @@ impl Client {
                         reason: failure.reason,
                     });
                 }
-                Err(AttemptError::Failed(failure)) => failure.reason,
+                Err(AttemptError::Failed(failure)) => {
+                    late |= failure.late;
+                    failure.reason
+                }
             };
             self.log(LogLevel::Debug, || format!("{}: {reason}", server.address));
             tried.push(Attempt {
@@ -537,7 +550,7 @@ impl Client {
                 reason,
             });
         }
-        Ok(Round::Failed { tried, busy })
+        Ok(Round::Failed { tried, busy, late })
     }
 
     async fn attempt(
@@ -555,6 +568,7 @@ impl Client {
                     return Err(Failure {
                         reason: format!("its answer has more than {ANSWER_BYTES_MAX} bytes"),
                         sent: true,
+                        late: false,
                     });
                 }
                 body.extend_from_slice(&chunk);
@@ -594,6 +608,7 @@ enum Round {
     Failed {
         tried: Vec<Attempt>,
         busy: Option<Refusal>,
+        late: bool,
     },
 }
 

@@ -11,7 +11,7 @@ use super::exit::Exit;
 use super::output::grid;
 use super::report::{Failure, Outcome, Report};
 use super::session::Session;
-use crate::client::{FederationStatus, GroupStatus, Request};
+use crate::client::{FederationStatus, GroupStatus, Request, SiteStatus};
 
 /// Time between two looks with `--wait`: there is no watch on a node's own view.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
@@ -148,9 +148,10 @@ pub fn text(status: &FederationStatus) -> String {
         let count = status.groups.iter().filter(|group| matches(group)).count();
         count.to_string()
     };
-    let rows: Vec<Vec<String>> = status
-        .sites
-        .iter()
+    let mut sites: Vec<&SiteStatus> = status.sites.iter().collect();
+    sites.sort_by_key(|site| &site.name);
+    let rows: Vec<Vec<String>> = sites
+        .into_iter()
         .map(|site| {
             vec![
                 site.name.clone(),

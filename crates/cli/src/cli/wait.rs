@@ -93,6 +93,10 @@ pub struct Target {
     pub uid: Option<String>,
 }
 
+/// An application that could not be applied is tried again, elsewhere too; after this long it is
+/// taken as it is.
+const FAILED_GRACE: Duration = Duration::from_secs(5);
+
 /// How far an object is.
 enum Progress {
     Done,
@@ -196,6 +200,7 @@ impl Board {
             if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed:.dim}") {
                 bar.set_style(style);
             }
+            bar.set_message(name.clone());
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
@@ -292,6 +297,7 @@ async fn follow(
     let (listing, mut watch) = client.watch(&path, false).await?;
     let mut object = listing.items.into_iter().next();
     let mut confirm = tokio::time::interval_at(Instant::now() + CONFIRM, CONFIRM);
+    let mut failed_at = None;
     loop {
         if let Some(object) = &object {
             board.show(line, &summary(object));
@@ -302,7 +308,17 @@ async fn follow(
             Progress::NotYet => {}
             Progress::Failed(failure) => return Err(*failure),
         }
+        let failed = object.as_ref().filter(|object| {
+            *goal == Goal::Running
+                && text(object, "/status/phase") == "Failed"
+                && is_current(object, &Value::Null)
+        });
+        failed_at = failed.and(failed_at.or_else(|| Some(Instant::now())));
+        let give_up = failed_at.map_or(Instant::now() + CONFIRM, |at| at + FAILED_GRACE);
         tokio::select! {
+            () = tokio::time::sleep_until(give_up), if failed_at.is_some() => {
+                return Err(failed_report(target, object.as_ref()).into());
+            }
             event = watch.next() => {
                 let event = event?;
                 object = (event.kind != WatchEventKind::Deleted).then_some(event.item);
@@ -374,6 +390,22 @@ fn judge(target: &Target, goal: &Goal, object: Option<&Value>) -> Progress {
         return Progress::Failed(Box::new(report.into()));
     }
     Progress::NotYet
+}
+
+fn failed_report(target: &Target, object: Option<&Value>) -> Report {
+    let title = target.resource.title(&target.name);
+    let report = Report::new(Exit::Failed, "failed", format!("{title} cannot run"));
+    let message = object
+        .and_then(|object| condition(object, "Ready"))
+        .map(|condition| text(condition, "/message"));
+    let report = match message {
+        Some(message) if !message.is_empty() => report.note(message),
+        _ => report,
+    };
+    report.help(format!(
+        "mend it and apply again; `krakectl describe {} {}` shows its events",
+        target.resource.singular_name, target.name
+    ))
 }
 
 fn timed_out(target: &Target, goal: &Goal, timeout: Duration, state: Option<&Value>) -> Report {

@@ -38,6 +38,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const SILENCE: Duration = Duration::from_secs(2);
 /// And has this long to say so: a node that is stopped still accepts connections.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A node that lives but is silent for this long is left for another, when the request may be
+/// repeated: one that is cut off from the others waits for a majority in vain.
+const PATIENCE: Duration = Duration::from_secs(4);
 /// Time between two rounds when all nodes said 503 and none said for how long.
 const ROUND_PAUSE: Duration = Duration::from_millis(500);
 /// An answer has at most this many bytes.
@@ -517,7 +520,13 @@ impl Client {
         for step in 0..self.inner.servers.len() {
             let index = (first + step) % self.inner.servers.len();
             let server = self.server(index);
-            let reason = match self.attempt(server, request, deadline).await {
+            let last = step + 1 == self.inner.servers.len();
+            let until = if request.repeatable && !last {
+                deadline.min(Instant::now() + PATIENCE)
+            } else {
+                deadline
+            };
+            let reason = match self.attempt(server, request, until).await {
                 Ok(response) => {
                     self.settle(index, &tried);
                     return Ok(Round::Done(response));
@@ -540,7 +549,7 @@ impl Client {
                     });
                 }
                 Err(AttemptError::Failed(failure)) => {
-                    late |= failure.late;
+                    late |= failure.late && Instant::now() >= deadline;
                     failure.reason
                 }
             };

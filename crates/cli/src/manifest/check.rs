@@ -438,7 +438,12 @@ fn bad_field(document: &Document, path: &str, message: &str) -> Report {
         slug,
         format!("`{path}` of {title} is not valid"),
     );
-    match document.snippet(path, first) {
+    // Of an unknown metric the name is wrong, not its weight.
+    let key = path.rsplit_once('.').filter(|_| slug == "unknown-metric");
+    let snippet = key
+        .and_then(|(parent, key)| document.key_snippet(parent, key, first))
+        .or_else(|| document.snippet(path, first));
+    match snippet {
         Some(snippet) => report.at(snippet),
         None => report.note(first),
     }

@@ -118,6 +118,19 @@ fn nobody_there_names_each_address_with_its_reason() {
 }
 
 #[test]
+fn a_node_that_waits_in_vain_is_left_and_alone_it_is_a_timeout() {
+    let federation = Federation::new();
+    let node = federation.node("dresden");
+    let waits = federation::lives_but_waits();
+    let both = client(&[&waits.address, &node.address]);
+    run(both.get(APPS)).unwrap();
+    assert_eq!(both.current_address(), node.address);
+    let alone = client(&[&waits.address]).with_timeout(Duration::from_millis(2500));
+    let error = run(alone.get(APPS)).unwrap_err();
+    assert!(matches!(error, ClientError::Timeout { .. }), "{error:?}");
+}
+
+#[test]
 fn busy_nodes_are_asked_until_time_is_over() {
     let busy = federation::busy();
     let client = client(&[&busy.address]).with_timeout(Duration::from_millis(2500));

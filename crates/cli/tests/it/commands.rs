@@ -247,6 +247,14 @@ fn wait_ends_when_the_state_is_reached_or_time_is_over() {
         "{}",
         ended.stderr
     );
+    federation.set_status("shop", "Failed", "0/2");
+    let ended = krakectl.feed(&["apply", "-f", "-", "--wait"], &app("shop"));
+    let ended = ended.failed(1, "failed");
+    assert!(
+        ended.stderr.contains("as the test says"),
+        "{}",
+        ended.stderr
+    );
     let child = krakectl.start(&["wait", "app/shop", "--for=ready", "--timeout", "60s"]);
     federation.set_status("shop", "Running", "2/2");
     let ended = super::federation::Ended::from(child.wait_with_output().unwrap()).ok();

@@ -401,6 +401,24 @@ fn complete(request: &[u8]) -> bool {
     body.len() >= length.unwrap_or(0)
 }
 
+/// A server that lives and never answers anything else, as a node that is cut off and waits for a
+/// majority.
+pub fn lives_but_waits() -> Node {
+    let runtime = runtime();
+    let listener = runtime
+        .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
+        .unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let router = Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .fallback(|| async { std::future::pending::<()>().await });
+    runtime.spawn(async move { axum::serve(listener, router).await });
+    Node {
+        address,
+        runtime: Some(runtime),
+    }
+}
+
 /// A server that says 503 to everything.
 pub fn busy() -> Node {
     let runtime = runtime();

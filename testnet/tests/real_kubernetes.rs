@@ -1,4 +1,5 @@
 //! A real control plane is started, killed, and comes back with its objects.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
 use std::process::Output;
 use std::time::{Duration, Instant};

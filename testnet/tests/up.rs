@@ -1,5 +1,6 @@
 //! A whole federation of real processes: started, hurt, healed, stopped, started again, and
 //! nothing left behind.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -82,6 +83,51 @@ fn left_behind(directory: &Path) -> Vec<String> {
     left
 }
 
+/// Both are seen by the others, and end.
+async fn partition_and_pause(testnet: &Testnet, dresden: &NodeClient) {
+    // A partition is seen, survives a restart of a node, and ends.
+    let one = ["paris".to_owned()];
+    testnet
+        .partition(&one, &["dresden".to_owned(), "stockholm".to_owned()])
+        .await
+        .unwrap();
+    until("paris is lost to dresden", async || {
+        state_of(dresden, "paris")
+            .await
+            .filter(|state| state == "Lost")
+    })
+    .await;
+    testnet.kill("paris", true).await.unwrap();
+    assert!(
+        !testnet.restart("paris").await.unwrap(),
+        "a minority of one cannot be ready"
+    );
+    assert_eq!(state_of(dresden, "paris").await.as_deref(), Some("Lost"));
+    testnet.heal().await.unwrap();
+    until("paris is back", async || {
+        state_of(dresden, "paris")
+            .await
+            .filter(|state| state == "Alive")
+    })
+    .await;
+
+    // A pause is seen, too.
+    testnet.pause("paris").await.unwrap();
+    until("paris is lost again", async || {
+        state_of(dresden, "paris")
+            .await
+            .filter(|state| state == "Lost")
+    })
+    .await;
+    testnet.resume("paris").await.unwrap();
+    until("paris goes on", async || {
+        state_of(dresden, "paris")
+            .await
+            .filter(|state| state == "Alive")
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_federation_lives_through_faults_and_leaves_nothing_behind() {
     let scratch = tempfile::tempdir().unwrap();
@@ -139,47 +185,7 @@ async fn a_federation_lives_through_faults_and_leaves_nothing_behind() {
     })
     .await;
 
-    // A partition is seen, survives a restart of a node, and ends.
-    let one = ["paris".to_owned()];
-    testnet
-        .partition(&one, &["dresden".to_owned(), "stockholm".to_owned()])
-        .await
-        .unwrap();
-    until("paris is lost to dresden", async || {
-        state_of(&dresden, "paris")
-            .await
-            .filter(|state| state == "Lost")
-    })
-    .await;
-    testnet.kill("paris", true).await.unwrap();
-    assert!(
-        !testnet.restart("paris").await.unwrap(),
-        "a minority of one cannot be ready"
-    );
-    assert_eq!(state_of(&dresden, "paris").await.as_deref(), Some("Lost"));
-    testnet.heal().await.unwrap();
-    until("paris is back", async || {
-        state_of(&dresden, "paris")
-            .await
-            .filter(|state| state == "Alive")
-    })
-    .await;
-
-    // A pause is seen, too.
-    testnet.pause("paris").await.unwrap();
-    until("paris is lost again", async || {
-        state_of(&dresden, "paris")
-            .await
-            .filter(|state| state == "Lost")
-    })
-    .await;
-    testnet.resume("paris").await.unwrap();
-    until("paris goes on", async || {
-        state_of(&dresden, "paris")
-            .await
-            .filter(|state| state == "Alive")
-    })
-    .await;
+    partition_and_pause(&testnet, &dresden).await;
 
     // A metric moves the app, whatever site it is at.
     let at = until("the app is ready", async || ready_at(&dresden).await).await;

@@ -62,8 +62,9 @@ pub enum Command {
         #[arg(long)]
         path: bool,
     },
-    /// Print a completion script for a shell
-    Completions {
+    /// Print the completion script for a shell
+    #[command(alias = "completions")]
+    Completion {
         /// Which shell
         shell: clap_complete::Shell,
     },
@@ -93,7 +94,7 @@ pub struct UpArguments {
     /// Configuration of all nodes (krake-node config keys), such as defaults.detect_after=5s
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = setting)]
     pub settings: Vec<(String, String)>,
-    /// When it was started with Ctrl-C ahead: remove the data at the end
+    /// Remove the data when it is stopped with Ctrl-C
     #[arg(long, conflicts_with = "detach")]
     pub purge: bool,
     /// Form of the answer

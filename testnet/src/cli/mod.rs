@@ -53,7 +53,7 @@ async fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Logs(options) => logs::logs(&directory, &options).await?,
         Command::Chaos(chaos) => return cause(directory, chaos).await,
         Command::Assets { path } => assets(path).await?,
-        Command::Completions { shell } => output::completions(shell),
+        Command::Completion { shell } => output::completion(shell),
     }
     Ok(ExitCode::SUCCESS)
 }

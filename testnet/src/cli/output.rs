@@ -58,7 +58,7 @@ pub fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 /// The completion script.
-pub fn completions(shell: clap_complete::Shell) {
+pub fn completion(shell: clap_complete::Shell) {
     let mut script = Vec::new();
     clap_complete::generate(
         shell,

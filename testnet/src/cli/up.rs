@@ -60,9 +60,13 @@ pub async fn up(directory: Directory, arguments: UpArguments) -> anyhow::Result<
         options = options.sites(count)?;
     }
     options.progress.line(&format!(
-        "krake-testnet {} in {}",
+        "krake-testnet {} in {}{}",
         env!("CARGO_PKG_VERSION"),
-        short(directory.path())
+        short(directory.path()),
+        match directory.load()? {
+            Some(_) => ": the testnet that is there, with its data (down --purge removes it)",
+            None => "",
+        }
     ));
     let started = Instant::now();
     let testnet = tokio::select! {
@@ -91,8 +95,13 @@ pub async fn up(directory: Directory, arguments: UpArguments) -> anyhow::Result<
     testnet.down().await?;
     if arguments.purge {
         directory.remove()?;
+        notice("stopped and removed");
+    } else {
+        notice(&format!(
+            "stopped; the data stays in {}, and up starts it again",
+            short(directory.path())
+        ));
     }
-    notice("stopped");
     Ok(ExitCode::SUCCESS)
 }
 

@@ -20,12 +20,14 @@ use tracing::{debug, info};
 
 use crate::cache::{Cache, Noticed};
 use crate::capacity;
-use crate::cluster::{Cluster, call, status_code};
+use crate::cluster::{CALL_TIME, Cluster, call, status_code};
 use crate::ledger::{APP_ANNOTATION, LEDGER_LABEL, Ledger, NAMESPACE_LABEL, ObjectRef, UID_LABEL};
 use crate::readiness;
 
 /// The field manager of everything we apply.
 const MANAGER: &str = "krake";
+/// The kind that brings kinds.
+const DEFINITION: &str = "CustomResourceDefinition";
 /// Objects of one app applied at the same time.
 const AT_ONCE: usize = 8;
 /// A namespace of ours without an app is removed after this long.
@@ -311,10 +313,19 @@ impl Inner {
         object: &ObjectRef,
         namespace: &str,
     ) -> Result<(), BackendError> {
-        let (resource, namespaced) = self
+        let found = self
             .cluster
             .resource(&object.api_version, &object.kind)
-            .await?;
+            .await;
+        let (resource, namespaced) = match found {
+            // Without the kind there is nobody's object.
+            Err(error)
+                if error.code == Code::Unsupported && brought(workload, object).is_some() =>
+            {
+                return Ok(());
+            }
+            found => found?,
+        };
         let api = self.api(&resource, namespaced.then_some(namespace));
         let Some(found) = call(&object.to_string(), api.get_opt(&object.name)).await? else {
             return Ok(());
@@ -380,7 +391,14 @@ impl Inner {
         let (resource, namespaced) = self
             .cluster
             .resource(&object.api_version, &object.kind)
-            .await?;
+            .await
+            .map_err(|error| match brought(workload, &object) {
+                Some(_) if error.code == Code::Unsupported => BackendError::new(
+                    Code::Busy,
+                    format!("{object}: its definition is applied but not served yet"),
+                ),
+                _ => error,
+            })?;
         self.admit_kind(&object, namespaced)?;
         let mut manifest = manifest.clone();
         let metadata = &mut manifest["metadata"];
@@ -427,7 +445,16 @@ impl Inner {
         };
         let api = self.api(&resource, namespaced.then_some(namespace));
         let what = format!("removing {object}");
-        let Some(found) = call(&what, api.get_opt(&object.name)).await? else {
+        let found = match tokio::time::timeout(CALL_TIME, api.get_opt(&object.name)).await {
+            // Not the object but its kind is not there any more; the next call looks.
+            Ok(Err(error)) if status_code(&error) == Some(404) => {
+                self.cluster.forget(&object.api_version, &object.kind);
+                return Ok(false);
+            }
+            Ok(found) => call(&what, std::future::ready(found)).await?,
+            Err(_) => return Ok(false),
+        };
+        let Some(found) = found else {
             return Ok(true);
         };
         let ours = found
@@ -449,9 +476,7 @@ impl Inner {
             }),
             ..DeleteParams::background()
         };
-        match tokio::time::timeout(crate::cluster::CALL_TIME, api.delete(&object.name, &params))
-            .await
-        {
+        match tokio::time::timeout(CALL_TIME, api.delete(&object.name, &params)).await {
             Ok(Ok(either::Either::Right(_))) => Ok(true),
             Ok(Ok(either::Either::Left(_))) => Ok(false),
             Ok(Err(error)) if status_code(&error) == Some(404) => Ok(true),
@@ -538,9 +563,13 @@ impl Inner {
             .map(reference)
             .collect::<Result<_, _>>()?;
         let namespace = self.namespace_for(&workload.app);
-        let before = {
+        let (before, drifted) = {
             let known = self.known.lock();
-            known.get(&workload.uid).map(|known| known.ledger.clone())
+            let entry = known.get(&workload.uid);
+            (
+                entry.map(|known| known.ledger.clone()),
+                entry.is_some_and(|known| known.drifted),
+            )
         };
         if let Some(before) = &before
             && before.epoch > workload.epoch
@@ -570,7 +599,8 @@ impl Inner {
         };
         let mut noted = ledger.clone();
         noted.objects.extend(dropped.iter().cloned());
-        if before.as_ref() != Some(&noted) {
+        // The ledger may be among what somebody else removed.
+        if drifted || before.as_ref() != Some(&noted) {
             self.write_ledger(&noted).await?;
         }
         let mut known = self.known.lock();
@@ -606,6 +636,9 @@ impl Inner {
             let mut results = stream::iter(calls).buffer_unordered(AT_ONCE);
             while let Some(result) = results.next().await {
                 let (object, fingerprint) = result?;
+                if object.kind == DEFINITION {
+                    self.cluster.look_again();
+                }
                 applied.insert(object, fingerprint);
             }
         }
@@ -629,10 +662,32 @@ fn reference(manifest: &Value) -> Result<ObjectRef, BackendError> {
     })
 }
 
+/// Whether a definition in the same app brings this object's kind, and if so, whether its objects
+/// are in namespaces.
+fn brought(workload: &Workload, object: &ObjectRef) -> Option<bool> {
+    let text = |manifest: &Value, pointer: &str| {
+        manifest
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let group = object.api_version.split_once('/')?.0;
+    workload
+        .components
+        .iter()
+        .find(|manifest| {
+            text(manifest, "/kind") == DEFINITION
+                && text(manifest, "/spec/group") == group
+                && text(manifest, "/spec/names/kind") == object.kind
+        })
+        .map(|definition| text(definition, "/spec/scope") == "Namespaced")
+}
+
 /// What others need comes first: definitions, then what pods mount and run as, then the rest.
 fn waves(components: &[Value]) -> Vec<Vec<&Value>> {
     let rank = |manifest: &Value| match manifest.get("kind").and_then(Value::as_str) {
-        Some("CustomResourceDefinition") => 0,
+        Some(DEFINITION) => 0,
         Some(
             "ServiceAccount"
             | "ConfigMap"
@@ -684,11 +739,16 @@ impl Backend for KubernetesBackend {
     async fn admit(&self, workload: &Workload) -> Result<(), BackendError> {
         for manifest in &workload.components {
             let object = reference(manifest)?;
-            let (_, namespaced) = self
+            let found = self
                 .inner
                 .cluster
                 .resource(&object.api_version, &object.kind)
-                .await?;
+                .await;
+            let namespaced = match (found, brought(workload, &object)) {
+                (Ok((_, namespaced)), _) => namespaced,
+                (Err(error), Some(namespaced)) if error.code == Code::Unsupported => namespaced,
+                (Err(error), _) => return Err(error),
+            };
             self.inner.admit_kind(&object, namespaced)?;
         }
         Ok(())
@@ -698,7 +758,13 @@ impl Backend for KubernetesBackend {
         let inner = &self.inner;
         inner.load().await?;
         self.admit(workload).await?;
-        let (ledger, dropped) = inner.begin(workload).await?;
+        let (ledger, dropped) = inner.begin(workload).await.inspect_err(|error| {
+            if error.code.is_temporary() {
+                // The namespace may have gone meanwhile.
+                let namespace = inner.namespace_for(&workload.app);
+                inner.namespaces.lock().remove(&namespace);
+            }
+        })?;
         let result = async {
             let applied = inner.apply_all(workload, &ledger).await?;
             let removals = dropped

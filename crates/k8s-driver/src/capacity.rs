@@ -36,12 +36,30 @@ pub(crate) fn capacity(nodes: &[Value], pods: &[Value]) -> (Resources, Resources
         .iter()
         .filter(|pod| {
             let phase = pod.pointer("/status/phase").and_then(Value::as_str);
-            !matches!(phase, Some("Succeeded" | "Failed"))
+            !matches!(phase, Some("Succeeded" | "Failed")) && !is_unplaceable(pod)
         })
         .fold(Resources::ZERO, |sum, pod| {
             sum.saturating_add(&requests(pod))
         });
     (total, total.saturating_sub(&used))
+}
+
+/// A pod that fits nowhere takes no room from others.
+fn is_unplaceable(pod: &Value) -> bool {
+    let text = |value: &Value, field: &str| {
+        value
+            .get(field)
+            .and_then(Value::as_str)
+            .map(ToOwned::to_owned)
+    };
+    pod.pointer("/status/conditions")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .any(|condition| {
+            text(condition, "type").as_deref() == Some("PodScheduled")
+                && text(condition, "reason").as_deref() == Some("Unschedulable")
+        })
 }
 
 fn takes_pods(node: &Value) -> bool {
@@ -92,6 +110,8 @@ mod tests {
         ];
         let pods = [
             json!({"spec": {"containers": [{"resources": {"requests": {"cpu": "500m", "memory": "1Gi"}}}]}}),
+            json!({"spec": {"containers": [{"resources": {"requests": {"cpu": "100"}}}]},
+                "status": {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}]}}),
             json!({"status": {"phase": "Succeeded"}, "spec": {"containers": [{"resources": {"requests": {"cpu": "3"}}}]}}),
         ];
         let (total, free) = capacity(&nodes, &pods);

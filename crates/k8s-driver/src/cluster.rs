@@ -1,14 +1,16 @@
 //! The cluster's API: which kinds there are, and errors in the driver's words.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use futures::stream::{self, StreamExt};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIResourceList;
 use krake_driver::{BackendError, Code};
 use kube::Client;
 use kube::core::ApiResource;
-use kube::discovery::{Discovery, Scope};
 use parking_lot::RwLock;
+use tracing::debug;
 
 /// One call may take this long.
 pub(crate) const CALL_TIME: Duration = Duration::from_secs(10);
@@ -17,10 +19,36 @@ const KINDS_AGE: Duration = Duration::from_secs(60);
 /// A kind that is not known is looked up anew no more often than this.
 const MISS_AGE: Duration = Duration::from_secs(2);
 
+/// Group versions asked for their kinds at the same time.
+const GROUPS_AT_ONCE: usize = 8;
+
 #[derive(Debug, Default)]
 struct Kinds {
     known: BTreeMap<(String, String), (ApiResource, bool)>,
+    /// Group versions that could not say what they have: their kinds are not absent but unknown.
+    unread: BTreeSet<String>,
     read_at: Option<Instant>,
+}
+
+impl Kinds {
+    fn add(&mut self, api_version: &str, list: APIResourceList) {
+        let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+        for found in list.resources {
+            // Subresources are no kinds.
+            if found.name.contains('/') {
+                continue;
+            }
+            let resource = ApiResource {
+                group: group.to_owned(),
+                version: version.to_owned(),
+                api_version: api_version.to_owned(),
+                kind: found.kind.clone(),
+                plural: found.name,
+            };
+            let key = (api_version.to_owned(), found.kind);
+            self.known.insert(key, (resource, found.namespaced));
+        }
+    }
 }
 
 /// A client and what it found out.
@@ -64,7 +92,16 @@ fn translate(what: &str, error: &kube::Error) -> BackendError {
     let code = match status.code {
         403 if status.message.contains("exceeded quota") => Code::NoCapacity,
         401 => Code::Unreachable,
+        // The namespace is on its way out; a new one can be made then.
+        403 if status.message.contains("because it is being terminated") => Code::Busy,
         403 => Code::Forbidden,
+        // What server-side apply answers to a manifest that its schema does not fit.
+        500 if status
+            .message
+            .contains("failed to create typed patch object") =>
+        {
+            Code::Invalid
+        }
         404 | 409 | 429 | 500..=599 => Code::Busy,
         _ => Code::Invalid,
     };
@@ -88,29 +125,72 @@ impl Cluster {
         }
     }
 
+    /// Reads the kinds of every group. One that goes meanwhile is gone; one that fails (an
+    /// extension API server that is down) does not hide the others.
     async fn discover(&self) -> Result<(), BackendError> {
-        let discovery = call(
-            "reading the kinds",
-            Discovery::new(self.client.clone()).run(),
-        )
-        .await?;
-        let mut known = BTreeMap::new();
-        for group in discovery.groups() {
-            for version in group.versions() {
-                for (resource, capabilities) in group.versioned_resources(version) {
-                    let namespaced = capabilities.scope == Scope::Namespaced;
-                    known.insert(
-                        (resource.api_version.clone(), resource.kind.clone()),
-                        (resource, namespaced),
-                    );
+        let what = "reading the kinds";
+        let client = &self.client;
+        let core = call(what, client.list_core_api_versions()).await?;
+        let groups = call(what, client.list_api_groups()).await?;
+        let mut versions: Vec<(String, bool)> = core
+            .versions
+            .into_iter()
+            .map(|version| (version, true))
+            .collect();
+        for group in groups.groups {
+            let of_group = group.versions.into_iter();
+            versions.extend(of_group.map(|version| (version.group_version, false)));
+        }
+        let lists: Vec<(String, Result<APIResourceList, BackendError>)> = stream::iter(versions)
+            .map(|(version, is_core)| async move {
+                let list = if is_core {
+                    call(what, client.list_core_api_resources(&version)).await
+                } else {
+                    match tokio::time::timeout(CALL_TIME, client.list_api_group_resources(&version))
+                        .await
+                    {
+                        Ok(Err(error)) if status_code(&error) == Some(404) => {
+                            Ok(APIResourceList::default())
+                        }
+                        Ok(list) => call(what, std::future::ready(list)).await,
+                        Err(_) => call(what, std::future::pending()).await,
+                    }
+                };
+                (version, list)
+            })
+            .buffer_unordered(GROUPS_AT_ONCE)
+            .collect()
+            .await;
+        let mut kinds = Kinds {
+            read_at: Some(Instant::now()),
+            ..Kinds::default()
+        };
+        for (version, list) in lists {
+            match list {
+                Ok(list) => kinds.add(&version, list),
+                Err(error) if error.code == Code::Unreachable => return Err(error),
+                Err(error) => {
+                    debug!(version, %error, "the kinds of a group are not known");
+                    kinds.unread.insert(version);
                 }
             }
         }
-        *self.kinds.write() = Kinds {
-            known,
-            read_at: Some(Instant::now()),
-        };
+        *self.kinds.write() = kinds;
         Ok(())
+    }
+
+    /// Kinds were added: the next one that is not known is looked up.
+    pub(crate) fn look_again(&self) {
+        self.kinds.write().read_at = None;
+    }
+
+    /// A kind that was served is not any more, or so it seems: it is looked up anew.
+    pub(crate) fn forget(&self, api_version: &str, kind: &str) {
+        let mut kinds = self.kinds.write();
+        kinds
+            .known
+            .remove(&(api_version.to_owned(), kind.to_owned()));
+        kinds.read_at = None;
     }
 
     fn age(&self) -> Option<Duration> {
@@ -147,11 +227,18 @@ impl Cluster {
         if self.age().is_none_or(|age| age > MISS_AGE) {
             self.discover().await?;
         }
-        self.known(api_version, kind).ok_or_else(|| {
-            BackendError::new(
-                Code::Unsupported,
-                format!("the cluster does not serve {api_version} {kind}"),
-            )
-        })
+        if let Some(found) = self.known(api_version, kind) {
+            return Ok(found);
+        }
+        if self.kinds.read().unread.contains(api_version) {
+            return Err(BackendError::new(
+                Code::Busy,
+                format!("the cluster cannot say now whether it serves {api_version} {kind}"),
+            ));
+        }
+        Err(BackendError::new(
+            Code::Unsupported,
+            format!("the cluster does not serve {api_version} {kind}"),
+        ))
     }
 }

@@ -134,13 +134,18 @@ impl Federation {
 
     /// What is seen now.
     pub fn moment(&self) -> Moment {
-        let view = self.network.view();
-        let view = view.borrow();
+        let committed = self.committed_sites();
         let at = Instant::now();
-        let mut sites = Vec::new();
-        for site in self.committed_sites() {
-            sites.extend(site_states(&site, &view, at));
-        }
+        let sites = {
+            // Borrowed for this only: borrowing it again, as `opinions` does, would wait for a
+            // writer that waits for us.
+            let view = self.network.view();
+            let view = view.borrow();
+            committed
+                .iter()
+                .flat_map(|site| site_states(site, &view, at))
+                .collect()
+        };
         Moment {
             sites,
             opinions: self.network.opinions(),

@@ -1,0 +1,268 @@
+//! A running testnet.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+/// How often a state is looked at while it is waited for.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// One site, as `krake-testnet up -o json` describes it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Site {
+    /// Its name.
+    pub name: String,
+    /// The node's API.
+    pub api: String,
+    /// The admin token.
+    pub token_file: PathBuf,
+    /// For kubectl to the node.
+    pub api_kubeconfig: PathBuf,
+    /// For kubectl to the site's Kubernetes.
+    pub kubeconfig: PathBuf,
+    /// The node.
+    pub pid: u32,
+    /// The cluster's processes.
+    pub kube_pids: Vec<u32>,
+    /// The node's data directory.
+    pub data_dir: PathBuf,
+    /// The node's log.
+    pub log: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
+struct Up {
+    dir: PathBuf,
+    sites: Vec<Site>,
+}
+
+/// A federation on this machine; dropping it stops everything.
+#[derive(Debug)]
+pub struct Testnet {
+    program: PathBuf,
+    up: Up,
+    _scratch: tempfile::TempDir,
+}
+
+/// The directory of the built programs, of the profile this test was built with.
+fn programs() -> &'static Path {
+    static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAMS.get_or_init(|| {
+        let own = std::env::current_exe().expect("the path of this program");
+        let mut directory = own.parent().expect("a directory").to_owned();
+        if directory.ends_with("deps") {
+            directory.pop();
+        }
+        let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        build
+            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+            .args(["build", "--quiet", "--locked"])
+            .args(["-p", "krake-node", "-p", "krake-cli", "-p", "krake-testnet"]);
+        if directory.ends_with("release") {
+            build.arg("--release");
+        }
+        let built = build.status().expect("cargo can be started");
+        assert!(built.success(), "the programs could not be built");
+        directory
+    })
+}
+
+/// The text of a program's output, for messages.
+fn text(output: &Output) -> String {
+    format!(
+        "{}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+impl Testnet {
+    /// Starts a federation: `krake-testnet up --detach -o json` with `arguments` behind.
+    pub fn up(arguments: &[&str]) -> Self {
+        let program = programs().join("krake-testnet");
+        let scratch = tempfile::tempdir().expect("a directory for the testnet");
+        let directory = scratch.path().join("net");
+        let output = Command::new(&program)
+            .args(["up", "--detach", "-o", "json", "--dir"])
+            .arg(&directory)
+            .args(arguments)
+            .output()
+            .expect("krake-testnet can be started");
+        assert!(
+            output.status.success(),
+            "the testnet does not start: {}",
+            text(&output)
+        );
+        let up = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("`up -o json`: {error}: {}", text(&output)));
+        Self {
+            program,
+            up,
+            _scratch: scratch,
+        }
+    }
+
+    /// Its sites.
+    pub fn sites(&self) -> &[Site] {
+        &self.up.sites
+    }
+
+    /// The site of this name.
+    pub fn site(&self, name: &str) -> &Site {
+        let found = self.up.sites.iter().find(|site| site.name == name);
+        found.unwrap_or_else(|| panic!("the testnet has no site {name}"))
+    }
+
+    /// Runs `krake-testnet` with `arguments` on it; it must succeed.
+    pub fn run(&self, arguments: &[&str]) {
+        let output = Command::new(&self.program)
+            .args(arguments)
+            .arg("--dir")
+            .arg(&self.up.dir)
+            .output()
+            .expect("krake-testnet can be started");
+        assert!(
+            output.status.success(),
+            "krake-testnet {}: {}",
+            arguments.join(" "),
+            text(&output)
+        );
+    }
+
+    /// `krakectl` of the testnet's context, with `arguments`.
+    pub fn krakectl(&self, arguments: &[&str]) -> Output {
+        let servers: Vec<&str> = self.sites().iter().map(|site| site.api.as_str()).collect();
+        Command::new(programs().join("krakectl"))
+            .arg("--server")
+            .arg(servers.join(","))
+            .arg("--token-file")
+            .arg(&self.sites()[0].token_file)
+            .args(arguments)
+            .output()
+            .expect("krakectl can be started")
+    }
+}
+
+impl Drop for Testnet {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for site in &self.up.sites {
+                let log = std::fs::read_to_string(&site.log).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().rev().take(30).collect();
+                let tail: Vec<&str> = lines.into_iter().rev().collect();
+                eprintln_block(&format!("log of {}", site.name), &tail.join("\n"));
+            }
+        }
+        let stopped = Command::new(&self.program)
+            .args(["down", "--dir"])
+            .arg(&self.up.dir)
+            .output();
+        if !std::thread::panicking() {
+            let output = stopped.expect("krake-testnet can be started");
+            assert!(
+                output.status.success(),
+                "the testnet does not stop: {}",
+                text(&output)
+            );
+        }
+    }
+}
+
+#[allow(clippy::print_stderr, reason = "a failing test shows the nodes' logs")]
+fn eprintln_block(title: &str, text: &str) {
+    eprintln!("--- {title}\n{text}");
+}
+
+impl Site {
+    /// The admin token.
+    pub fn token(&self) -> String {
+        let text = std::fs::read_to_string(&self.token_file).expect("the token file");
+        text.trim().to_owned()
+    }
+
+    /// kubectl towards the node.
+    pub fn kubectl(&self, arguments: &[&str]) -> Output {
+        kubectl(&self.api_kubeconfig, arguments, None)
+    }
+
+    /// kubectl towards the node, with a manifest on standard input.
+    pub fn apply(&self, manifest: &Value) -> Output {
+        kubectl(
+            &self.api_kubeconfig,
+            &["apply", "--server-side", "-f", "-"],
+            Some(manifest),
+        )
+    }
+
+    /// kubectl towards the site's cluster.
+    pub fn cluster(&self, arguments: &[&str]) -> Output {
+        kubectl(&self.kubeconfig, arguments, None)
+    }
+
+    /// kubectl towards the site's cluster, with a manifest on standard input.
+    pub fn cluster_apply(&self, manifest: &Value) -> Output {
+        kubectl(&self.kubeconfig, &["apply", "-f", "-"], Some(manifest))
+    }
+
+    /// An object of the node's API as JSON; `None` when there is none or the node is down.
+    pub fn get(&self, arguments: &[&str]) -> Option<Value> {
+        json(&self.kubectl(&[&["get", "-o", "json"], arguments].concat()))
+    }
+
+    /// An object of the site's cluster as JSON; `None` when there is none or it is down.
+    pub fn cluster_get(&self, arguments: &[&str]) -> Option<Value> {
+        json(&self.cluster(&[&["get", "-o", "json"], arguments].concat()))
+    }
+}
+
+fn json(output: &Output) -> Option<Value> {
+    output
+        .status
+        .success()
+        .then(|| serde_json::from_slice(&output.stdout).ok())
+        .flatten()
+}
+
+fn kubectl(kubeconfig: &Path, arguments: &[&str], input: Option<&Value>) -> Output {
+    use std::io::Write;
+    use std::process::Stdio;
+    let program = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
+    let mut child = Command::new(program)
+        .arg("--kubeconfig")
+        .arg(kubeconfig)
+        .arg("--request-timeout=20s")
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("kubectl can be started (KUBECTL names another one)");
+    let mut pipe = child.stdin.take().expect("a pipe");
+    if let Some(input) = input {
+        pipe.write_all(input.to_string().as_bytes())
+            .expect("kubectl reads");
+    }
+    drop(pipe);
+    child.wait_with_output().expect("kubectl ends")
+}
+
+/// Looks until `look` finds what is waited for; after `limit` the test fails and says for what.
+pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(
+            start.elapsed() < limit,
+            "waited {} s for: {what}",
+            limit.as_secs()
+        );
+        std::thread::sleep(LOOK);
+    }
+}

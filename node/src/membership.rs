@@ -253,9 +253,13 @@ pub async fn join(config: &Config, token: &str) -> anyhow::Result<String> {
         addresses,
         proof: halves,
     })?;
-    let mut contacts: BTreeMap<NodeId, Vec<String>> = BTreeMap::new();
+    // In the invitation's order: its issuer, which is known to run, comes first.
+    let mut contacts: Vec<(NodeId, Vec<String>)> = Vec::new();
     for (node, address) in &invitation.contacts {
-        contacts.entry(*node).or_default().push(address.clone());
+        match contacts.iter_mut().find(|(known, _)| known == node) {
+            Some((_, addresses)) => addresses.push(address.clone()),
+            None => contacts.push((*node, vec![address.clone()])),
+        }
     }
     let mut failures = Vec::new();
     for (node, addresses) in &contacts {

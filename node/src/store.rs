@@ -13,8 +13,8 @@ use tokio::sync::broadcast::error::RecvError;
 use crate::catalog::{self, Catalog, PATIENCE};
 use crate::records;
 
-/// Events kept for watches.
-const EVENTS_KEPT: usize = 20_000;
+/// Events kept for watches: with an application of 10 KiB about 40 MiB.
+const EVENTS_KEPT: usize = 2_000;
 
 /// Adds to an object what is not committed: a site's newest report.
 pub trait Overlay: Send + Sync + 'static {

@@ -399,15 +399,17 @@ impl Network {
                 reason: "its id is no Ed25519 key".to_owned(),
             });
         };
-        let addresses = addresses.iter().flat_map(|a| multiaddrs(a)).collect();
-        let _ = self.commands.send(Command::Dial(peer, addresses)).await;
+        let addresses: Vec<Multiaddr> = addresses.iter().flat_map(|a| multiaddrs(a)).collect();
         let deadline = tokio::time::Instant::now() + timeout;
         loop {
+            // Again in each round: a dial may fail because the other node is busy. While one is
+            // under way or the connection is there, this does nothing.
+            let dial = Command::Dial(peer, addresses.clone());
+            let _ = self.commands.send(dial).await;
             let left = deadline.saturating_duration_since(tokio::time::Instant::now());
             let mut control = self.join.clone();
             let result = streams::ask(&mut control, peer, streams::JOIN, request, left).await;
             match result {
-                // The dial may still be under way.
                 Err(CallError::Unreachable { .. }) if left > Duration::from_millis(300) => {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }

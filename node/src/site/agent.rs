@@ -484,9 +484,9 @@ impl Agent {
         let mut known: BTreeSet<AppUid> = self
             .inner
             .ledger
-            .all()
+            .of(app)
             .into_iter()
-            .filter(|assignment| assignment.app == *app && !assignment.delete)
+            .filter(|assignment| !assignment.delete)
             .map(|assignment| assignment.uid)
             .collect();
         if let Some(orphans) = self.inner.work.lock().orphans.get(app) {
@@ -741,8 +741,8 @@ impl Agent {
 
     /// While the catalog is out of reach the copy runs on and is looked at.
     async fn observe_only(&self, app: &AppKey) {
-        for assignment in self.inner.ledger.all() {
-            if assignment.app != *app || assignment.delete {
+        for assignment in self.inner.ledger.of(app) {
+            if assignment.delete {
                 continue;
             }
             let Some(backend) = self.backend(&assignment.backend).map(Arc::clone) else {

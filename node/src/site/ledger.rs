@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use krake_model::application::Assignment;
-use krake_model::{AppUid, Epoch};
+use krake_model::{AppKey, AppUid, Epoch};
 use parking_lot::Mutex;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use thiserror::Error;
@@ -177,6 +177,16 @@ impl Ledger {
         self.entries.lock().get(uid).cloned()
     }
 
+    /// The entries of every app that goes or went by this name.
+    pub fn of(&self, app: &AppKey) -> Vec<Assignment> {
+        let entries = self.entries.lock();
+        entries
+            .values()
+            .filter(|a| a.app == *app)
+            .cloned()
+            .collect()
+    }
+
     /// Every entry, by UID.
     pub fn all(&self) -> Vec<Assignment> {
         self.entries.lock().values().cloned().collect()
@@ -197,8 +207,6 @@ fn boxed<E: Into<redb::Error>>(error: E) -> LoadError {
 
 #[cfg(test)]
 mod tests {
-    use krake_model::AppKey;
-
     use super::*;
 
     fn assignment(index: u64, delete: bool) -> Assignment {

@@ -196,8 +196,8 @@ impl<'a> Rollout<'a> {
             .filter(|set| replicas(set) > 0)
             .map(|set| Self::scale(set, 0))
             .collect();
-        let has_pods = |set: &&Arc<Value>| !view.controlled(set, "pods").is_empty();
-        if !running.is_empty() || self.old.iter().any(|set| has_pods(&set)) {
+        let has_pods = |set: &Arc<Value>| !view.controlled(set, "pods").is_empty();
+        if !running.is_empty() || self.old.iter().any(|set| has_pods(set)) {
             return running;
         }
         match self.new {

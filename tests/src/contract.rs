@@ -131,7 +131,7 @@ impl Site {
     fn app(&self, name: &str, components: Vec<Value>) -> Workload {
         Workload {
             uid: AppUid::new(uuid::Uuid::new_v4()),
-            app: AppKey::new(&self.namespace(), name),
+            app: AppKey::new(self.namespace(), name),
             epoch: epoch(1),
             components,
         }

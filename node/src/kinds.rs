@@ -181,7 +181,12 @@ pub fn all() -> Vec<Kind> {
         ],
         ..kind("Placement", "placements", &["pl"], true)
     };
-    let node = Kind {
+    let [event, core_event] = events();
+    vec![application, site, placement, node(), event, core_event]
+}
+
+fn node() -> Kind {
+    Kind {
         columns: vec![
             Column::new("Site", ".spec.site", "Its site."),
             Column::new("State", ".status.state", "Alive, Suspect or Lost."),
@@ -202,9 +207,7 @@ pub fn all() -> Vec<Kind> {
             .wide(),
         ],
         ..kind("Node", "nodes", &["no"], false)
-    };
-    let [event, core_event] = events();
-    vec![application, site, placement, node, event, core_event]
+    }
 }
 
 fn events() -> [Kind; 2] {

@@ -55,8 +55,11 @@ enum ConfigCommand {
     Keys,
 }
 
+/// A configuration file and keys with their values.
+type Given = (Option<PathBuf>, Vec<(String, String)>);
+
 /// Flags of the form `--key value` or `--key=value`; `--config` may stand among them.
-fn split_flags(flags: &[String]) -> anyhow::Result<(Option<PathBuf>, Vec<(String, String)>)> {
+fn split_flags(flags: &[String]) -> anyhow::Result<Given> {
     let mut pairs = Vec::new();
     let mut file = None;
     let mut rest = flags.iter();

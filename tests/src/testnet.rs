@@ -190,6 +190,11 @@ impl Site {
         kubectl(&self.api_kubeconfig, arguments, None)
     }
 
+    /// Another kubectl towards the node.
+    pub fn kubectl_of(&self, program: &Path, arguments: &[&str]) -> Output {
+        kubectl_of(program, &self.api_kubeconfig, arguments, None)
+    }
+
     /// kubectl towards the node, with a manifest on standard input.
     pub fn apply(&self, manifest: &Value) -> Output {
         kubectl(
@@ -228,10 +233,39 @@ fn json(output: &Output) -> Option<Value> {
         .flatten()
 }
 
+/// The machine's kubectl where it has one, and the one built with the test Kubernetes.
+pub fn kubectls() -> &'static [PathBuf] {
+    static FOUND: OnceLock<Vec<PathBuf>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let installed = std::env::split_paths(&path)
+            .map(|directory| directory.join("kubectl"))
+            .find(|program| program.is_file());
+        let output = Command::new(programs().join("krake-testnet"))
+            .args(["assets", "--path"])
+            .output()
+            .expect("krake-testnet can be started");
+        assert!(output.status.success(), "no kubectl: {}", text(&output));
+        let assets = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        installed
+            .into_iter()
+            .chain([Path::new(&assets).join("kubectl")])
+            .collect()
+    })
+}
+
 fn kubectl(kubeconfig: &Path, arguments: &[&str], input: Option<&Value>) -> Output {
+    kubectl_of(&kubectls()[0], kubeconfig, arguments, input)
+}
+
+fn kubectl_of(
+    program: &Path,
+    kubeconfig: &Path,
+    arguments: &[&str],
+    input: Option<&Value>,
+) -> Output {
     use std::io::Write;
     use std::process::Stdio;
-    let program = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
     let mut child = Command::new(program)
         .arg("--kubeconfig")
         .arg(kubeconfig)
@@ -241,7 +275,7 @@ fn kubectl(kubeconfig: &Path, arguments: &[&str], input: Option<&Value>) -> Outp
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("kubectl can be started (KUBECTL names another one)");
+        .expect("kubectl can be started");
     let mut pipe = child.stdin.take().expect("a pipe");
     if let Some(input) = input {
         pipe.write_all(input.to_string().as_bytes())

@@ -1,10 +1,11 @@
 //! The main story on real Kubernetes: submit to any node, run at the best site, survive its loss.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use krake_model::ids::shard_of;
-use krake_tests::{Site, Testnet, wait_for};
+use krake_tests::{Site, Testnet, kubectls, wait_for};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -93,6 +94,19 @@ fn left_at(site: &Site) -> Vec<String> {
         .collect()
 }
 
+/// How many kinds each site serves, as `node` has heard.
+fn kinds_served(node: &Site) -> Option<BTreeMap<String, u64>> {
+    let sites = node.get(&["sites"])?;
+    let kinds = sites["items"].as_array()?.iter().map(|site| {
+        let name = site["metadata"]["name"].as_str()?.to_owned();
+        Some((
+            name,
+            site.pointer("/status/backends/default/kinds")?.as_u64()?,
+        ))
+    });
+    kinds.collect()
+}
+
 /// A node that does not own the app.
 fn stranger(net: &Testnet) -> &Site {
     let founder = &net.sites()[0];
@@ -117,10 +131,18 @@ fn an_app_runs_at_the_best_site_survives_its_loss_and_leaves_nothing_behind() {
         return;
     }
     let net = Testnet::up(&["--kube", "real", "--sites", "3"]);
+    let node = stranger(&net);
+    let before = kinds_served(node).unwrap();
     for site in net.sites() {
         succeeded(&site.cluster_apply(&crd()));
     }
-    let node = stranger(&net);
+    wait_for("every site reports the new kind", LATER, || {
+        let now = kinds_served(node)?;
+        let all = now
+            .iter()
+            .all(|(site, kinds)| before.get(site) < Some(kinds));
+        all.then_some(())
+    });
     succeeded(&node.apply(&app("nginx:1.28")));
     let first = wait_for("the app is ready", LATER, || ready_at(node));
     assert_eq!(first, "stockholm", "its grid is by far the cleanest");
@@ -128,6 +150,20 @@ fn an_app_runs_at_the_best_site_survives_its_loss_and_leaves_nothing_behind() {
     assert_eq!(left_at(home).len(), OBJECTS.len());
     for other in net.sites().iter().filter(|site| site.name != first) {
         assert_eq!(left_at(other), Vec::<String>::new());
+    }
+
+    for program in kubectls() {
+        for arguments in [
+            &["get", "applications,placements", "-o", "wide"][..],
+            &["get", "apps", "shop", "-o", "jsonpath={.status.phase}"],
+            &["describe", "application", "shop"],
+            &["explain", "application.spec.placement"],
+            &["wait", "app/shop", "--for=condition=Ready", "--timeout=10s"],
+            &["label", "app", "shop", "seen=yes", "--overwrite"],
+            &["annotate", "app", "shop", "seen-by=kubectl", "--overwrite"],
+        ] {
+            succeeded(&node.kubectl_of(program, arguments));
+        }
     }
 
     succeeded(&node.apply(&app("nginx:1.29")));

@@ -15,7 +15,7 @@ use tracing::debug;
 /// One call may take this long.
 pub(crate) const CALL_TIME: Duration = Duration::from_secs(10);
 /// How long the list of kinds is taken as it was.
-const KINDS_AGE: Duration = Duration::from_secs(60);
+const KINDS_AGE: Duration = Duration::from_secs(15);
 /// A kind that is not known is looked up anew no more often than this.
 const MISS_AGE: Duration = Duration::from_secs(2);
 

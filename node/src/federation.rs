@@ -1,14 +1,15 @@
 //! What this node sees of the federation at one moment: for decisions, and for display.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use krake_gossip::{Network, Opinions, Verdict, View, verdict};
 use krake_model::decision::Target;
 use krake_model::report::BackendReport;
-use krake_model::{Genesis, GroupId, MetricDefinition, NodeId, Resources, Timestamp};
+use krake_model::{Genesis, GroupId, MetricDefinition, NodeId, Resources, Revision, Timestamp};
 use krake_placement::decide::SiteState;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::catalog::Catalog;
@@ -35,6 +36,8 @@ pub struct Federation {
     pub site: Arc<str>,
     /// Silence after which displays call a site lost.
     pub lost_after: Duration,
+    /// The committed sites as of a revision of the meta group: every decision needs them.
+    pub sites: Arc<Mutex<(Revision, Arc<Vec<CommittedSite>>)>>,
 }
 
 impl std::fmt::Debug for Federation {
@@ -116,7 +119,8 @@ impl World for Moment {
 }
 
 /// The parts of a committed site that decisions use.
-struct CommittedSite {
+#[derive(Debug)]
+pub struct CommittedSite {
     name: String,
     node: NodeId,
     labels: BTreeMap<String, String>,
@@ -124,12 +128,20 @@ struct CommittedSite {
 }
 
 impl Federation {
-    fn committed_sites(&self) -> Vec<CommittedSite> {
-        self.catalog
-            .read_all::<Value>(GroupId::META, "sites/")
-            .into_iter()
-            .filter_map(|(_, object, _)| committed_site(&object))
-            .collect()
+    fn committed_sites(&self) -> Arc<Vec<CommittedSite>> {
+        let revision = self.catalog.host.revision(GroupId::META);
+        let mut known = self.sites.lock();
+        if known.0 != revision {
+            // What is read may be newer than `revision`; then it is read once more than needed.
+            let sites = self
+                .catalog
+                .read_all::<Value>(GroupId::META, "sites/")
+                .into_iter()
+                .filter_map(|(_, object, _)| committed_site(&object))
+                .collect();
+            *known = (revision, Arc::new(sites));
+        }
+        Arc::clone(&known.1)
     }
 
     /// What is seen now.
@@ -262,7 +274,7 @@ fn site_states(site: &CommittedSite, view: &View, at: Instant) -> Vec<SiteState>
         labels: site.labels.clone(),
         metrics: BTreeMap::new(),
         free: Resources::ZERO,
-        kinds: BTreeSet::new(),
+        kinds: Arc::default(),
         unhealthy: None,
         cordoned: site.cordoned,
         lost: false,
@@ -285,7 +297,7 @@ fn site_states(site: &CommittedSite, view: &View, at: Instant) -> Vec<SiteState>
         .map(|(name, backend)| SiteState {
             metrics: seen.report.metrics.clone(),
             free: backend.free,
-            kinds: backend.kinds.iter().cloned().collect(),
+            kinds: Arc::clone(&backend.kinds),
             unhealthy: (!backend.healthy).then(|| backend.message.clone()),
             report_age: Some(seen.age(at)),
             ..state(name)

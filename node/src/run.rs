@@ -118,6 +118,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         own: identity.node(),
         site: config.site.name.as_str().into(),
         lost_after: config.defaults.detect_after,
+        sites: Arc::default(),
     };
     let node = compose(
         &config, &data, stored, &identity, boot, federation, backends, &handler,

@@ -1,6 +1,7 @@
 //! What a site says of itself, signed (DESIGN §2 *report*).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -56,8 +57,9 @@ pub struct BackendReport {
     pub free: Resources,
     /// What is held by reservations and assignments that do not run yet.
     pub reserved: Resources,
-    /// API kinds it serves, as `group/version/Kind` (`v1/ConfigMap` for the core group), sorted.
-    pub kinds: Vec<String>,
+    /// API kinds it serves, as `group/version/Kind` (`v1/ConfigMap` for the core group). Shared:
+    /// every decision looks at them.
+    pub kinds: Arc<BTreeSet<String>>,
 }
 
 impl SiteReport {

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use krake_model::application::AppKey;
@@ -29,7 +30,7 @@ pub struct SiteState {
     /// What is free.
     pub free: Resources,
     /// Kinds its cluster serves, as `group/version/Kind`.
-    pub kinds: BTreeSet<String>,
+    pub kinds: Arc<BTreeSet<String>>,
     /// Why its cluster cannot be used now, if it cannot.
     pub unhealthy: Option<String>,
     /// Its operator takes no new apps.
@@ -512,7 +513,7 @@ mod tests {
                 memory_bytes: 1 << 33,
                 pods: 100,
             },
-            kinds: BTreeSet::from(["v1/ConfigMap".to_owned()]),
+            kinds: BTreeSet::from(["v1/ConfigMap".to_owned()]).into(),
             unhealthy: None,
             cordoned: false,
             lost: false,
@@ -589,7 +590,7 @@ mod tests {
             (Filter::Stale, |s| {
                 s.report_age = Some(Duration::from_secs(61))
             }),
-            (Filter::Kind, |s| s.kinds.clear()),
+            (Filter::Kind, |s| s.kinds = Arc::default()),
             (Filter::Capacity, |s| s.free.cpu_millis = 499),
             (Filter::Refused, |s| s.refusals.push("full".to_owned())),
         ];

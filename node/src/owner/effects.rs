@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use krake_consensus::{Command, Entry, Expect, Operation, ProposeError};
-use krake_model::application::ApplicationStatus;
+use krake_model::application::{AppPhase, ApplicationStatus};
 use krake_model::decision::Target;
 use krake_model::{AppKey, DecisionRecord, GroupId, Timestamp};
 use parking_lot::Mutex;
@@ -12,7 +12,7 @@ use tracing::{debug, info};
 
 use super::controller::{Loaded, Owner, load};
 use super::plan::{Memory, Step, is_change, plan};
-use super::status::{EventDraft, Inputs, events, says_the_same, status};
+use super::status::{EventDraft, Inputs, assign_event, phase_event, says_the_same, status};
 use crate::catalog::{Catalog, PATIENCE};
 use crate::federation::now;
 use crate::kinds::FINALIZER;
@@ -27,6 +27,8 @@ const EVENTS_MAX: usize = 20;
 const STEPS_MAX: usize = 32;
 /// After something failed, the app is looked at again this much later.
 const RETRY_MS: i64 = 300;
+/// A copy that is on its way may become ready within this time before its state is written.
+const SETTLING_MS: u64 = 250;
 
 pub(super) struct Effects<'a> {
     owner: &'a Owner,
@@ -194,6 +196,9 @@ impl<'a> Effects<'a> {
             push_decision(&mut placement, decision);
             operations.push(put_placement(loaded, &placement));
         }
+        let old = loaded.app.assign.as_ref().map(|(assign, _)| assign);
+        let draft = assign_event(old, &next, decision.as_ref());
+        operations.extend(self.event_operations(loaded, draft.as_slice()));
         self.propose(group, operations).await?;
         {
             let mut memory = memory.lock();
@@ -201,12 +206,8 @@ impl<'a> Effects<'a> {
             memory.unplaceable = None;
             memory.better_since = None;
         }
-        let Some(written) = self.load(app) else {
-            return Ok(());
-        };
-        let old = loaded.app.assign.as_ref().map(|(assign, _)| assign);
-        self.write_status_after(&written, memory, decision.as_ref(), old, Some(&next))
-            .await
+        // The status follows when the next plan says that there is nothing to do.
+        Ok(())
     }
 
     async fn write_status(
@@ -214,19 +215,6 @@ impl<'a> Effects<'a> {
         loaded: &Loaded,
         memory: &Arc<Mutex<Memory>>,
         decision: Option<&DecisionRecord>,
-    ) -> Result<(), Later> {
-        let assign = loaded.app.assign.as_ref().map(|(assign, _)| assign);
-        self.write_status_after(loaded, memory, decision, assign, assign)
-            .await
-    }
-
-    async fn write_status_after(
-        &self,
-        loaded: &Loaded,
-        memory: &Arc<Mutex<Memory>>,
-        decision: Option<&DecisionRecord>,
-        old: Option<&AssignRecord>,
-        new: Option<&AssignRecord>,
     ) -> Result<(), Later> {
         let before: ApplicationStatus = loaded
             .object
@@ -244,7 +232,19 @@ impl<'a> Effects<'a> {
             };
             status(inputs, &world, loaded.app.policy.detect_after)
         };
-        let drafts = events(&before, &after, old, new, decision);
+        let started = loaded
+            .assign
+            .as_ref()
+            .map(|entry| entry.modified.timestamp());
+        if decision.is_none()
+            && matches!(after.phase, Some(AppPhase::Progressing | AppPhase::Moving))
+            && started.is_some_and(|at| now() >= at && now().millis_since(at) < SETTLING_MS)
+        {
+            // Most copies are ready a moment later: one write instead of three.
+            return Err("the copies have only just been assigned".to_owned());
+        }
+        let draft = phase_event(&before, &after);
+        let drafts = draft.as_slice();
         if says_the_same(&before, &after) && drafts.is_empty() {
             return Ok(());
         }
@@ -253,7 +253,7 @@ impl<'a> Effects<'a> {
         object["status"] = json!(after);
         let mut placement = loaded.status.clone();
         placement.copies.clone_from(&after.copies);
-        if let Some(decision) = decision.filter(|_| old == new) {
+        if let Some(decision) = decision {
             push_decision(&mut placement, decision);
         }
         let mut operations = vec![Operation::Put {
@@ -264,7 +264,7 @@ impl<'a> Effects<'a> {
         if loaded.placement.is_some() || decision.is_some() {
             operations.push(put_placement(loaded, &placement));
         }
-        operations.extend(self.event_operations(loaded, &drafts));
+        operations.extend(self.event_operations(loaded, drafts));
         self.propose(self.catalog().group_of(app), operations).await
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use krake_model::application::{
     AppPhase, ApplicationStatus, Condition, CopyRole, CopyState, CopyStatus,
 };
+use krake_model::decision::Trigger;
 use krake_model::{DecisionRecord, Epoch, Timestamp};
 
 use super::plan::{Memory, Sight, StoredApp, World};
@@ -222,57 +223,55 @@ pub struct EventDraft {
     pub message: String,
 }
 
-/// The events that a change of status and assignment is worth.
-pub fn events(
-    before: &ApplicationStatus,
-    after: &ApplicationStatus,
+/// The event that a new assignment is worth.
+pub fn assign_event(
     old: Option<&AssignRecord>,
-    new: Option<&AssignRecord>,
+    new: &AssignRecord,
     decision: Option<&DecisionRecord>,
-) -> Vec<EventDraft> {
-    let mut drafts = Vec::new();
-    let active = |assign: Option<&AssignRecord>| {
+) -> Option<EventDraft> {
+    let active = |assign: &AssignRecord| {
         assign
-            .and_then(|a| a.copy(CopyRole::Active))
-            .map(|c| c.target.to_string())
+            .copy(CopyRole::Active)
+            .map(|copy| copy.target.to_string())
     };
-    if let Some(decision) = decision
-        && active(old) != active(new)
-        && let Some(site) = active(new).or_else(|| {
-            new.and_then(|a| a.pending.as_ref())
-                .map(ToString::to_string)
-        })
-    {
-        let reason = match decision.trigger {
-            krake_model::decision::Trigger::SiteLost => "FailedOver",
-            _ if active(old).is_some() => "Moving",
-            _ => "Placed",
-        };
-        drafts.push(EventDraft {
-            kind: "Normal",
-            reason,
-            message: format!("{site}: {}", decision.reason),
-        });
+    let (decision, before) = (decision?, old.and_then(active));
+    if before == active(new) {
+        return None;
     }
-    if before.phase != after.phase
-        && let Some(ready) = after.conditions.iter().find(|c| c.kind == "Ready")
-    {
-        let (kind, reason) = match after.phase {
-            Some(AppPhase::Running) => ("Normal", "Ready"),
-            Some(AppPhase::Unplaceable) => ("Warning", "NoSuitableSite"),
-            Some(AppPhase::Degraded) => ("Warning", "Degraded"),
-            Some(AppPhase::Failed) => ("Warning", "Failed"),
-            Some(AppPhase::Lost) => ("Warning", "SiteLost"),
-            Some(AppPhase::Deleting) => ("Normal", "Deleting"),
-            _ => return drafts,
-        };
-        drafts.push(EventDraft {
-            kind,
-            reason,
-            message: ready.message.clone(),
-        });
+    let pending = || new.pending.as_ref().map(ToString::to_string);
+    let site = active(new).or_else(pending)?;
+    let reason = match decision.trigger {
+        Trigger::SiteLost => "FailedOver",
+        _ if before.is_some() => "Moving",
+        _ => "Placed",
+    };
+    Some(EventDraft {
+        kind: "Normal",
+        reason,
+        message: format!("{site}: {}", decision.reason),
+    })
+}
+
+/// The event that a change of phase is worth.
+pub fn phase_event(before: &ApplicationStatus, after: &ApplicationStatus) -> Option<EventDraft> {
+    if before.phase == after.phase {
+        return None;
     }
-    drafts
+    let (kind, reason) = match after.phase? {
+        AppPhase::Running => ("Normal", "Ready"),
+        AppPhase::Unplaceable => ("Warning", "NoSuitableSite"),
+        AppPhase::Degraded => ("Warning", "Degraded"),
+        AppPhase::Failed => ("Warning", "Failed"),
+        AppPhase::Lost => ("Warning", "SiteLost"),
+        AppPhase::Deleting => ("Normal", "Deleting"),
+        AppPhase::Pending | AppPhase::Progressing | AppPhase::Moving => return None,
+    };
+    let ready = after.conditions.iter().find(|c| c.kind == "Ready")?;
+    Some(EventDraft {
+        kind,
+        reason,
+        message: ready.message.clone(),
+    })
 }
 
 /// Whether two statuses say the same: times alone make no difference.

@@ -115,7 +115,7 @@ impl Reporter {
                 .inventory
                 .lock()
                 .as_ref()
-                .map(|inventory| inventory.kinds.clone())
+                .map(|inventory| Arc::new(inventory.kinds.iter().cloned().collect()))
                 .unwrap_or_default();
             let report = match self.agent.offer(backend) {
                 Ok((total, free, reserved)) => {

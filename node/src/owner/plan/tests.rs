@@ -62,7 +62,7 @@ fn site(number: u8, carbon: f64) -> SiteState {
             memory_bytes: 1 << 30,
             pods: 10,
         },
-        kinds: BTreeSet::from(["v1/ConfigMap".to_owned()]),
+        kinds: BTreeSet::from(["v1/ConfigMap".to_owned()]).into(),
         unhealthy: None,
         cordoned: false,
         lost: false,

@@ -1,9 +1,9 @@
 //! A Kubernetes API in memory, for `--kube embedded`: one process per site.
 //!
 //! It does what the driver, ordinary applications and `kubectl` touch: the built-in kinds of
-//! [`kinds`], custom resources by `CustomResourceDefinition`, list, watch, patches, server-side
+//! `kinds`, custom resources by `CustomResourceDefinition`, list, watch, patches, server-side
 //! apply, finalizers, garbage collection, namespaces that end; workloads and pods become ready by
-//! simulation ([`simulate`]). Objects are in a journal and are there again after a kill; pods become
+//! simulation (`simulate`). Objects are in a journal and are there again after a kill; pods become
 //! ready anew then, as after a power cut. What it does not offer (logs, exec, binding, eviction,
 //! scale, protobuf, `CronJob`) is answered with 405, 415 or 501 and a text, never with success.
 //!

@@ -224,7 +224,7 @@ impl Server {
             (builder, "http://localhost".to_owned())
         } else if address.starts_with("https://") {
             return Err(wrong(
-                "nodes do not serve TLS yet; use http:// on the node's machine, or unix:///PATH of its socket",
+                "krakectl speaks to nodes on its own machine, without TLS: write http://, or unix:///PATH of the node's socket",
             ));
         } else {
             let with_scheme = if address.contains("://") {
@@ -490,16 +490,18 @@ impl Client {
     /// When no node answers, or one says no.
     pub async fn send(&self, request: &Request) -> Result<Response, ClientError> {
         let deadline = Instant::now() + self.inner.timeout;
+        let mut refused: Option<Refusal> = None;
         loop {
             let (tried, busy, late) = match self.round(request, deadline).await? {
                 Round::Done(response) => return Ok(response),
                 Round::Failed { tried, busy, late } => (tried, busy, late),
             };
             let Some(busy) = busy else {
-                return Err(if late {
-                    ClientError::Timeout { tried }
-                } else {
-                    ClientError::Unreachable { tried }
+                return Err(match refused {
+                    // What a node said in an earlier round says more than that time was over.
+                    Some(busy) if late => ClientError::Refused(Box::new(busy)),
+                    _ if late => ClientError::Timeout { tried },
+                    _ => ClientError::Unreachable { tried },
                 });
             };
             let pause = busy.retry_after.map_or(ROUND_PAUSE, Duration::from_secs);
@@ -509,6 +511,7 @@ impl Client {
             self.log(LogLevel::Debug, || {
                 format!("all nodes are busy ({}), trying again", busy.message)
             });
+            refused = Some(busy);
             tokio::time::sleep(pause).await;
         }
     }

@@ -128,6 +128,11 @@ fn a_node_that_waits_in_vain_is_left_and_alone_it_is_a_timeout() {
     let alone = client(&[&waits.address]).with_timeout(Duration::from_millis(2500));
     let error = run(alone.get(APPS)).unwrap_err();
     assert!(matches!(error, ClientError::Timeout { .. }), "{error:?}");
+    // What it said before it fell silent is what is reported.
+    let refuses = federation::refuses_then_waits();
+    let alone = client(&[&refuses.address]).with_timeout(Duration::from_millis(2500));
+    let error = run(alone.get(APPS)).unwrap_err();
+    assert_eq!(error.refusal().unwrap().message, "no majority");
 }
 
 #[test]

@@ -146,7 +146,7 @@ fn deletes_what_is_there(federation: &Federation, krakectl: &Krakectl) {
         app["metadata"].get("deletionTimestamp").cloned()
     });
     federation.finish_deletion("shop");
-    let ended = super::federation::Ended::from(child.wait_with_output().unwrap()).ok();
+    let ended = super::federation::Ended::of(child).ok();
     assert_eq!(ended.stdout, "application.krake.dev/shop deleted\n");
     assert_eq!(federation.app("shop"), None);
 }
@@ -257,7 +257,7 @@ fn wait_ends_when_the_state_is_reached_or_time_is_over() {
     );
     let child = krakectl.start(&["wait", "app/shop", "--for=ready", "--timeout", "60s"]);
     federation.set_status("shop", "Running", "2/2");
-    let ended = super::federation::Ended::from(child.wait_with_output().unwrap()).ok();
+    let ended = super::federation::Ended::of(child).ok();
     assert_eq!(ended.stdout, "application.krake.dev/shop condition met\n");
     krakectl.run(&["wait", "app/shop", "--for=placed"]).ok();
     krakectl

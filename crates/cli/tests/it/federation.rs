@@ -419,6 +419,34 @@ pub fn lives_but_waits() -> Node {
     }
 }
 
+/// A server that says 503 once and then nothing, as a node that waits for a majority again.
+pub fn refuses_then_waits() -> Node {
+    let runtime = runtime();
+    let listener = runtime
+        .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
+        .unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let refused = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let answer = move || {
+        let first = !refused.swap(true, std::sync::atomic::Ordering::SeqCst);
+        async move {
+            if !first {
+                std::future::pending::<()>().await;
+            }
+            let error = krake_kube_api::ApiError::unavailable("no majority");
+            krake_kube_api::service::respond(503, &error.to_status())
+        }
+    };
+    let router = Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .fallback(answer);
+    runtime.spawn(async move { axum::serve(listener, router).await });
+    Node {
+        address,
+        runtime: Some(runtime),
+    }
+}
+
 /// A server that says 503 to everything.
 pub fn busy() -> Node {
     let runtime = runtime();
@@ -519,7 +547,60 @@ impl Krakectl {
     }
 }
 
+/// Longest that a test waits for a line or an end: a lost event must fail it, not hang it.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Lines of a running program, each within a bounded time.
+pub struct Lines(std::sync::mpsc::Receiver<String>);
+
+impl Lines {
+    pub fn of(output: impl Read + Send + 'static) -> Self {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1000);
+        std::thread::spawn(move || {
+            let lines = std::io::BufRead::lines(std::io::BufReader::new(output));
+            for line in lines.map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self(receiver)
+    }
+
+    /// The next line.
+    #[track_caller]
+    pub fn next(&self) -> String {
+        self.0.recv_timeout(PATIENCE).expect("another line")
+    }
+
+    /// All that come until the end.
+    pub fn rest(self) -> Vec<String> {
+        let mut lines = Vec::new();
+        loop {
+            match self.0.recv_timeout(PATIENCE) {
+                Ok(line) => lines.push(line),
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return lines,
+                Err(error) => panic!("it does not end ({error}) after {lines:?}"),
+            }
+        }
+    }
+}
+
 impl Ended {
+    /// Waits for the end of a program, within a bounded time.
+    pub fn of(child: Child) -> Self {
+        let id = child.id().to_string();
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        std::thread::spawn(move || sender.send(child.wait_with_output()));
+        match receiver.recv_timeout(PATIENCE) {
+            Ok(output) => output.unwrap().into(),
+            Err(error) => {
+                let _ = Command::new("kill").args(["-9", &id]).status();
+                panic!("krakectl does not end: {error}");
+            }
+        }
+    }
+
     #[track_caller]
     pub fn ok(self) -> Self {
         assert_eq!(self.code, 0, "{self:?}");

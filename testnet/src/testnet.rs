@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use futures::future::{try_join, try_join_all};
@@ -118,6 +118,7 @@ pub struct Testnet {
     starter: Starter,
     progress: Progress,
     ends_with_us: bool,
+    built_in: Duration,
 }
 
 /// The voters of each group that `members` can have: one more failure survived with 3, two with 5.
@@ -138,7 +139,9 @@ impl Testnet {
     /// was started until then is ended.
     pub async fn up(options: UpOptions) -> anyhow::Result<Self> {
         let directory = Directory::new(&options.dir)?;
+        let started = Instant::now();
         let programs = ensure_programs(&options.progress).await?;
+        let built_in = started.elapsed();
         let state = directory.claim(|before| prepare(&directory, before, &options))?;
         let testnet = Self {
             directory: directory.clone(),
@@ -150,6 +153,7 @@ impl Testnet {
             },
             progress: options.progress.clone(),
             ends_with_us: true,
+            built_in,
         };
         testnet.bring_up(&state, &options).await
     }
@@ -198,6 +202,7 @@ impl Testnet {
             directory,
             progress: progress.clone(),
             ends_with_us: false,
+            built_in: Duration::ZERO,
         })
     }
 
@@ -212,6 +217,11 @@ impl Testnet {
         })?;
         self.ends_with_us = false;
         Ok(self.directory.clone())
+    }
+
+    /// How long its programs had to be built before it could start.
+    pub const fn built_in(&self) -> Duration {
+        self.built_in
     }
 
     /// Its directory.
@@ -271,36 +281,35 @@ impl Testnet {
         Ok(file.save(&self.directory.contexts())?)
     }
 
-    /// All sites at once; newcomers wait for the founder.
+    /// All sites at once. Newcomers wait for the founder, and with running until all have joined:
+    /// on a small machine running nodes would leave the founder no time for the others.
     async fn start_sites(&self, state: &State) -> anyhow::Result<()> {
-        let clusters = self.progress.step("clusters", state.sites.len());
-        let nodes = self.progress.step("nodes", state.sites.len());
-        let (founded, seen) = watch::channel(false);
-        let starts = Semaphore::new(STARTS_MAX);
         let founder = &state.sites.first().context("no sites")?.profile.name;
+        let names = state.sites.iter().map(|site| &site.profile.name);
+        let newcomers: BTreeSet<String> = names
+            .filter(|name| !self.starter.is_member(name))
+            .cloned()
+            .collect();
+        let absent = newcomers.iter().filter(|name| *name != founder).count();
         let parts = Parts {
-            clusters: &clusters,
-            nodes: &nodes,
+            clusters: &self.progress.step("clusters", state.sites.len()),
+            nodes: &self.progress.step("nodes", state.sites.len()),
             founder,
-            founded: &founded,
-            starts: &starts,
+            newcomers,
+            open: watch::Sender::new(false),
+            absent: watch::Sender::new(absent),
+            starts: Semaphore::new(STARTS_MAX),
         };
-        let all = state
-            .sites
-            .iter()
-            .map(|site| self.start_site(site, &parts, seen.clone()));
+        let all = state.sites.iter().map(|site| self.start_site(site, &parts));
         try_join_all(all).await?;
         Ok(())
     }
 
-    async fn start_site(
-        &self,
-        site: &SiteState,
-        parts: &Parts<'_>,
-        mut founded: watch::Receiver<bool>,
-    ) -> anyhow::Result<()> {
+    async fn start_site(&self, site: &SiteState, parts: &Parts<'_>) -> anyhow::Result<()> {
         let name = &site.profile.name;
         let starter = &self.starter;
+        let is_founder = name == parts.founder;
+        let is_newcomer = parts.newcomers.contains(name);
         let cluster = async {
             let _turn = parts.starts.acquire().await?;
             starter.start_cluster(site).await?;
@@ -308,23 +317,33 @@ impl Testnet {
             anyhow::Ok(())
         };
         let member = async {
-            if starter.is_member(name) {
-                return Ok(());
+            if is_newcomer && is_founder {
+                starter.init(name).await?;
+            } else if is_newcomer {
+                parts.open.subscribe().wait_for(|open| *open).await?;
+                {
+                    let _turn = parts.starts.acquire().await?;
+                    starter.join(&starter.client(parts.founder)?, name).await?;
+                }
+                parts.absent.send_modify(|absent| *absent -= 1);
+                parts
+                    .absent
+                    .subscribe()
+                    .wait_for(|absent| *absent == 0)
+                    .await?;
             }
-            if name == parts.founder {
-                return starter.init(name).await;
-            }
-            founded.wait_for(|founded| *founded).await?;
-            let _turn = parts.starts.acquire().await?;
-            starter.join(&starter.client(parts.founder)?, name).await
+            Ok(())
         };
         try_join(cluster, member).await?;
         starter.write_api_kubeconfig(site, parts.founder)?;
-        let process = starter.start_node(site).await?;
+        let process = {
+            let _turn = parts.starts.acquire().await?;
+            starter.start_node(site).await?
+        };
         starter.node_ready(name, process).await?;
         parts.nodes.advance();
-        if name == parts.founder {
-            parts.founded.send_replace(true);
+        if is_founder {
+            parts.open.send_replace(true);
         }
         Ok(())
     }
@@ -688,12 +707,18 @@ impl Drop for Testnet {
     }
 }
 
+/// What the starts of all sites share.
 struct Parts<'a> {
     clusters: &'a Step,
     nodes: &'a Step,
     founder: &'a str,
-    founded: &'a watch::Sender<bool>,
-    starts: &'a Semaphore,
+    /// Sites that belong to no federation yet.
+    newcomers: BTreeSet<String>,
+    /// Whether the founder is ready, so that others can join.
+    open: watch::Sender<bool>,
+    /// How many have not joined yet, the founder apart.
+    absent: watch::Sender<usize>,
+    starts: Semaphore,
 }
 
 /// What [`down`] did.

@@ -85,7 +85,8 @@ pub async fn up(directory: Directory, arguments: UpArguments) -> anyhow::Result<
         }))?;
     } else {
         show(&testnet, &state, arguments.demo, arguments.detach).await;
-        print(&format!("Up in {:.1} s.", started.elapsed().as_secs_f32()));
+        let time = started.elapsed().saturating_sub(testnet.built_in());
+        print(&format!("Up in {:.1} s.", time.as_secs_f32()));
     }
     if arguments.detach {
         testnet.detach()?;

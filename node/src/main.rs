@@ -14,7 +14,7 @@ use krake_node::config::{Config, KEYS, LogFormat};
 #[command(name = "krake-node", version, subcommand_required = true)]
 struct Arguments {
     /// The configuration file (TOML).
-    #[arg(long, short, global = true, env = "KRAKE_CONFIG")]
+    #[arg(long, short, global = true, env = "KRAKE_NODE_CONFIG")]
     config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
@@ -90,7 +90,7 @@ fn split_flags(flags: &[String]) -> anyhow::Result<Given> {
 fn load(file: Option<PathBuf>, flags: &[String]) -> anyhow::Result<Config> {
     let (given, pairs) = split_flags(flags)?;
     let file = given.or(file);
-    let environment = std::env::vars().filter(|(name, _)| name != "KRAKE_CONFIG");
+    let environment = std::env::vars().filter(|(name, _)| name != "KRAKE_NODE_CONFIG");
     Ok(Config::load(file.as_deref(), environment, &pairs)?)
 }
 

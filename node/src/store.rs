@@ -96,7 +96,11 @@ impl CatalogStore {
                 continue;
             }
             let plural = plural.to_owned();
-            let read = |entry: &Entry| object(&change.key, entry).map(Arc::new);
+            let read = |entry: &Entry| {
+                let mut object = object(&change.key, entry)?;
+                self.overlay.add(&plural, &mut object);
+                Some(Arc::new(object))
+            };
             let previous = change.previous.as_ref().and_then(read);
             let (kind, object) = match (&change.entry, &previous) {
                 (Some(entry), None) => (EventKind::Added, read(entry)),

@@ -208,8 +208,10 @@ impl EventLog {
         log.first + log.events.len() as u64
     }
 
-    /// The position from which a watch that has seen `revision` misses nothing. It may see an
-    /// event twice; it never misses one.
+    /// The position from which a watch goes on that has seen `revision`: right behind the event
+    /// of that revision. Where the log has one order only, nothing is missed; a log that merges
+    /// several sources may order events near `revision` otherwise than the log it was seen in
+    /// (docs/adr/0001).
     ///
     /// # Errors
     /// 410 when that is no longer kept.

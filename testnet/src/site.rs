@@ -15,6 +15,8 @@ use crate::state::{Component, Directory, KubeKind, SiteState, State};
 
 /// A node or an embedded cluster is ready within this time or not at all, also on a busy machine.
 const READY_WITHIN: Duration = Duration::from_secs(90);
+/// And so much more for each site that starts at the same time.
+pub const READY_PER_SITE: Duration = Duration::from_secs(5);
 /// How often a newcomer knocks when others are faster.
 const JOIN_TRIES: usize = 8;
 /// From this many sites on the nodes talk less, so that they fit on one machine.
@@ -31,6 +33,8 @@ pub struct Starter {
     pub assets: Option<Assets>,
     /// Embedded or real.
     pub kube: KubeKind,
+    /// How many sites share the machine.
+    pub site_count: u32,
 }
 
 /// Waits of a testnet: so short that a move is seen within half a minute. Who watches a laptop
@@ -231,7 +235,7 @@ impl Starter {
         let http = reqwest::Client::builder().no_proxy().build()?;
         let url = format!("http://127.0.0.1:{port}/readyz");
         let what = format!("the embedded Kubernetes of {name}");
-        wait_ready(process, &what, &log, async || {
+        wait_ready(process, &what, &log, self.patience(), async || {
             kubeconfig.exists()
                 && http
                     .get(&url)
@@ -240,6 +244,10 @@ impl Starter {
                     .is_ok_and(|answer| answer.status().is_success())
         })
         .await
+    }
+
+    fn patience(&self) -> Duration {
+        READY_WITHIN + READY_PER_SITE * self.site_count
     }
 
     /// Runs `krake-node` to its end, for `init` and `join`.
@@ -323,7 +331,7 @@ impl Starter {
         })?;
         let client = self.client(name)?;
         let what = format!("the node of {name}");
-        wait_ready(process, &what, &log, async || {
+        wait_ready(process, &what, &log, self.patience(), async || {
             client.get("/livez").await.is_ok()
         })
         .await?;
@@ -341,7 +349,11 @@ impl Starter {
         let log = self.directory.node_log(site);
         let client = self.client(site)?;
         let what = format!("the node of {site}");
-        wait_ready(process, &what, &log, async || client.is_ready().await).await
+        let patience = self.patience();
+        wait_ready(process, &what, &log, patience, async || {
+            client.is_ready().await
+        })
+        .await
     }
 }
 
@@ -358,9 +370,10 @@ async fn wait_ready(
     process: ProcessId,
     what: &str,
     log: &std::path::Path,
+    patience: Duration,
     ready: impl AsyncFn() -> bool,
 ) -> anyhow::Result<()> {
-    let end = tokio::time::Instant::now() + READY_WITHIN;
+    let end = tokio::time::Instant::now() + patience;
     loop {
         if ready().await {
             return Ok(());
@@ -378,7 +391,7 @@ async fn wait_ready(
         if tokio::time::Instant::now() >= end {
             bail!(
                 "{what} is not ready after {} s; {}",
-                READY_WITHIN.as_secs(),
+                patience.as_secs(),
                 shown()
             );
         }

@@ -147,6 +147,11 @@ impl State {
         }
     }
 
+    /// How many sites there are.
+    pub fn site_count(&self) -> u32 {
+        u32::try_from(self.sites.len()).unwrap_or(u32::MAX)
+    }
+
     /// The names of all sites.
     pub fn names(&self) -> Vec<&str> {
         self.sites

@@ -18,7 +18,7 @@ use crate::process::{self, LOOK, ProcessId};
 use crate::profile::{Profile, SITES_MAX, profiles};
 use crate::programs::{Programs, ensure_programs};
 use crate::progress::{Progress, Step};
-use crate::site::Starter;
+use crate::site::{READY_PER_SITE, Starter};
 use crate::state::{Directory, KubeKind, SiteState, State, Wish, unknown};
 
 /// Sites of a testnet when nobody says how many.
@@ -150,6 +150,7 @@ impl Testnet {
                 programs,
                 assets: None,
                 kube: state.kube,
+                site_count: state.site_count(),
             },
             progress: options.progress.clone(),
             ends_with_us: true,
@@ -167,11 +168,12 @@ impl Testnet {
         }
         self.write_contexts(state)?;
         self.start_sites(state).await?;
-        let formed = tokio::time::timeout(FORM_WITHIN, self.until_formed(state)).await;
+        let patience = FORM_WITHIN + READY_PER_SITE * state.site_count();
+        let formed = tokio::time::timeout(patience, self.until_formed(state)).await;
         formed.map_err(|_| {
             anyhow::anyhow!(
                 "the federation has not formed after {} s; the logs are {}/sites/*/node.log",
-                FORM_WITHIN.as_secs(),
+                patience.as_secs(),
                 self.directory.path().display()
             )
         })??;
@@ -198,6 +200,7 @@ impl Testnet {
                 programs,
                 assets,
                 kube: state.kube,
+                site_count: state.site_count(),
             },
             directory,
             progress: progress.clone(),

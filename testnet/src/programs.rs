@@ -170,7 +170,8 @@ async fn build(root: &Path, built: &Built, names: &[&str]) -> anyhow::Result<()>
         .args(["build", "--profile", &built.profile, "--target-dir"])
         .arg(&built.target)
         .stdin(Stdio::null())
-        .stdout(Stdio::null());
+        .stdout(Stdio::null())
+        .kill_on_drop(true);
     for name in names {
         command.args(["--bin", name]);
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use krake_testnet::client::NodeClient;
 use krake_testnet::process::ProcessId;
+use krake_testnet::progress::Progress;
 use krake_testnet::state::Directory;
 use krake_testnet::{Site, Testnet, UpOptions, is_ready};
 use serde_json::Value;
@@ -227,6 +228,16 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// Builds what a testnet is made of, so that no wait below is for a compiler.
+fn build_programs() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let programs = krake_testnet::programs::ensure_programs(&Progress::default());
+    runtime.block_on(programs).unwrap();
+}
+
 /// Stops the testnet also when an assertion fails.
 struct Down<'a>(&'a Path);
 
@@ -238,6 +249,7 @@ impl Drop for Down<'_> {
 
 #[test]
 fn the_program_says_one_json_object_and_cleans_up() {
+    build_programs();
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path().join("net");
     let _down = Down(&dir);
@@ -305,6 +317,7 @@ fn the_program_says_one_json_object_and_cleans_up() {
 
 #[test]
 fn an_interrupt_stops_everything_at_any_time() {
+    build_programs();
     let scratch = tempfile::tempdir().unwrap();
     for (name, ready) in [("early", false), ("late", true)] {
         let dir = scratch.path().join(name);

@@ -234,7 +234,8 @@ fn build_programs() {
         .enable_all()
         .build()
         .unwrap();
-    let programs = krake_testnet::programs::ensure_programs(&Progress::default());
+    let progress = Progress::default();
+    let programs = krake_testnet::programs::ensure_programs(&progress);
     runtime.block_on(programs).unwrap();
 }
 

@@ -13,25 +13,15 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// One site, as `krake-testnet up -o json` describes it.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Site {
-    /// Its name.
-    pub name: String,
-    /// The node's API.
-    pub api: String,
-    /// The admin token.
-    pub token_file: PathBuf,
-    /// For kubectl to the node.
-    pub api_kubeconfig: PathBuf,
-    /// For kubectl to the site's Kubernetes.
-    pub kubeconfig: PathBuf,
-    /// The node.
-    pub pid: u32,
-    /// The cluster's processes.
-    pub kube_pids: Vec<u32>,
-    /// The node's data directory.
-    pub data_dir: PathBuf,
-    /// The node's log.
-    pub log: PathBuf,
+#[serde(transparent)]
+pub struct Site(krake_testnet::Site);
+
+impl std::ops::Deref for Site {
+    type Target = krake_testnet::Site;
+
+    fn deref(&self) -> &krake_testnet::Site {
+        &self.0
+    }
 }
 
 #[derive(Debug, Deserialize)]

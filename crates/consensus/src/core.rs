@@ -155,7 +155,8 @@ impl Core {
 
     pub(crate) fn tick(&mut self) {
         self.ticks += 1;
-        self.each(|group, settings| group.tick(settings));
+        let ticks = self.ticks;
+        self.each(|group, settings| group.tick(settings, ticks));
         if self.ticks.is_multiple_of(RECONCILE_TICKS) {
             for group in self.groups.values_mut() {
                 group.reconcile = true;
@@ -398,10 +399,22 @@ impl Core {
         frames
     }
 
-    pub(crate) fn status(&self) -> BTreeMap<GroupId, GroupStatus> {
-        self.groups
-            .values()
-            .map(|group| {
+    /// Brings what is known of the groups up to date; `true`: something changed.
+    pub(crate) fn update_status(&self, known: &mut BTreeMap<GroupId, GroupStatus>) -> bool {
+        let mut changed = false;
+        if known.len() > self.groups.len() {
+            known.retain(|id, _| self.groups.contains_key(id));
+            changed = true;
+        }
+        for group in self.groups.values() {
+            let same = known.get(&group.id).is_some_and(|old| {
+                old.leader == group.leader()
+                    && old.leads == group.leads()
+                    && old.term == group.raw.raft.term
+                    && group.has_members(&old.voters, &old.learners)
+            });
+            if !same {
+                changed = true;
                 let status = GroupStatus {
                     group: group.id,
                     leader: group.leader(),
@@ -410,8 +423,9 @@ impl Core {
                     voters: group.voters(),
                     learners: group.learners(),
                 };
-                (group.id, status)
-            })
-            .collect()
+                known.insert(group.id, status);
+            }
+        }
+        changed
     }
 }

@@ -169,6 +169,18 @@ impl Group {
             .collect()
     }
 
+    /// Whether exactly these vote and follow.
+    pub(crate) fn has_members(&self, voters: &BTreeSet<u64>, learners: &BTreeSet<u64>) -> bool {
+        let configuration = self.raw.raft.prs().conf();
+        let ids = configuration.voters().ids();
+        ids.iter().all(|id| voters.contains(&id))
+            && voters.iter().all(|id| ids.contains(*id))
+            && configuration.learners().len() == learners.len()
+            && learners
+                .iter()
+                .all(|id| configuration.learners().contains(id))
+    }
+
     /// The library draws election timeouts from the thread's random numbers; ours come from a
     /// hash of who, where and when, so that a simulation repeats.
     fn fix_timeout(&mut self, settings: &Settings) {
@@ -203,9 +215,15 @@ impl Group {
         }
     }
 
-    pub(crate) fn tick(&mut self, settings: &Settings) {
+    /// `now`: the ticks of the node. All groups it leads send their heartbeats at the same ones, so
+    /// that they share a frame.
+    pub(crate) fn tick(&mut self, settings: &Settings, now: u64) {
         self.ticks += 1;
         if self.raw.tick() {
+            self.dirty = true;
+        }
+        let phase = (now % settings.heartbeat_ticks as u64) as usize;
+        if self.is_leader() && self.raw.raft.heartbeat_elapsed() != phase && self.raw.tick() {
             self.dirty = true;
         }
         self.after_tick_reads();

@@ -603,14 +603,8 @@ impl Engine {
                 break;
             }
         }
-        let status = self.core.status();
-        self.status.send_if_modified(|old| {
-            let changed = *old != status;
-            if changed {
-                *old = status;
-            }
-            changed
-        });
+        self.status
+            .send_if_modified(|known| self.core.update_status(known));
         Ok(())
     }
 

@@ -10,7 +10,10 @@ use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, StreamExt};
 use krake_driver::{Backend, BackendError, Code, Deletion, Inventory, Observed, Phase, Workload};
 use krake_model::{AppKey, AppUid, Epoch};
-use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions};
+use kube::api::{
+    Api, DeleteParams, DynamicObject, GetParams, ListParams, Patch, PatchParams, PostParams,
+    Preconditions,
+};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::ApiResource;
 use parking_lot::Mutex;
@@ -20,7 +23,7 @@ use tracing::{debug, info};
 
 use crate::cache::{Cache, Noticed};
 use crate::capacity;
-use crate::cluster::{CALL_TIME, Cluster, call, status_code};
+use crate::cluster::{CALL_TIME, Cluster, call, call_unless, status_code};
 use crate::ledger::{APP_ANNOTATION, LEDGER_LABEL, Ledger, NAMESPACE_LABEL, ObjectRef, UID_LABEL};
 use crate::readiness;
 
@@ -292,17 +295,25 @@ impl Inner {
         Ok(())
     }
 
-    async fn write_ledger(&self, ledger: &Ledger) -> Result<(), BackendError> {
+    async fn write_ledger(&self, ledger: &Ledger, new: bool) -> Result<(), BackendError> {
+        let what = "writing the ledger";
         let (resource, _) = self.cluster.resource("v1", "ConfigMap").await?;
         let api = self.api(&resource, Some(&ledger.namespace));
-        let params = PatchParams::apply(MANAGER).force();
         let object = ledger.to_config_map();
+        if new && let Ok(object) = serde_json::from_value(object.clone()) {
+            // A create costs an API server about half of an apply.
+            let params = PostParams {
+                field_manager: Some(MANAGER.to_owned()),
+                ..PostParams::default()
+            };
+            let created = call_unless(409, what, api.create(&params, &object)).await?;
+            if created.is_some() {
+                return Ok(());
+            }
+        }
+        let params = PatchParams::apply(MANAGER).force();
         let name = Ledger::name(ledger.uid);
-        call(
-            "writing the ledger",
-            api.patch(&name, &params, &Patch::Apply(&object)),
-        )
-        .await?;
+        call(what, api.patch(&name, &params, &Patch::Apply(&object))).await?;
         Ok(())
     }
 
@@ -327,7 +338,11 @@ impl Inner {
             found => found?,
         };
         let api = self.api(&resource, namespaced.then_some(namespace));
-        let Some(found) = call(&object.to_string(), api.get_opt(&object.name)).await? else {
+        // From the API server's cache: a moment old at most, and cheap for the cluster.
+        let what = object.to_string();
+        let params = GetParams::any();
+        let found = call_unless(404, &what, api.get_with(&object.name, &params)).await?;
+        let Some(found) = found else {
             return Ok(());
         };
         let label = found
@@ -352,10 +367,7 @@ impl Inner {
                     .as_ref()
                     .and_then(|annotations| annotations.get(APP_ANNOTATION))
                     .unwrap_or(uid);
-                Err(BackendError::new(
-                    Code::Conflict,
-                    format!("{object} belongs to application {other}; rename one of the two"),
-                ))
+                Err(taken(object, other))
             }
             None => Err(BackendError::new(
                 Code::Conflict,
@@ -555,56 +567,20 @@ impl Inner {
         }
     }
 
-    /// Notes what was applied before it is, so that nothing is ever left that no ledger lists.
-    async fn begin(&self, workload: &Workload) -> Result<(Ledger, Vec<ObjectRef>), BackendError> {
-        let objects: Vec<ObjectRef> = workload
-            .components
-            .iter()
-            .map(reference)
-            .collect::<Result<_, _>>()?;
-        let namespace = self.namespace_for(&workload.app);
-        let (before, drifted) = {
-            let known = self.known.lock();
-            let entry = known.get(&workload.uid);
-            (
-                entry.map(|known| known.ledger.clone()),
-                entry.is_some_and(|known| known.drifted),
-            )
-        };
-        if let Some(before) = &before
-            && before.epoch > workload.epoch
-        {
-            return Err(outdated(before.epoch, workload.epoch));
-        }
-        let old: BTreeSet<ObjectRef> = before
-            .iter()
-            .flat_map(|ledger| ledger.objects.iter().cloned())
-            .collect();
-        self.ensure_namespace(&namespace, &workload.app).await?;
-        let fresh: Vec<&ObjectRef> = objects.iter().filter(|o| !old.contains(*o)).collect();
-        let checks = fresh
-            .iter()
-            .map(|object| self.check_owner(workload, object, &namespace));
-        futures::future::try_join_all(checks).await?;
-        let dropped: Vec<ObjectRef> = old
-            .into_iter()
-            .filter(|object| !objects.contains(object))
-            .collect();
-        let ledger = Ledger {
-            uid: workload.uid,
-            app: workload.app.clone(),
-            epoch: workload.epoch,
-            namespace,
-            objects,
-        };
-        let mut noted = ledger.clone();
-        noted.objects.extend(dropped.iter().cloned());
-        // The ledger may be among what somebody else removed.
-        if drifted || before.as_ref() != Some(&noted) {
-            self.write_ledger(&noted).await?;
-        }
+    /// Notes in memory that an app is being applied, unless another one has what it brings: two
+    /// that come at the same time must not both find an object free.
+    fn claim(&self, noted: &Ledger, fresh: &[&ObjectRef]) -> Result<(), BackendError> {
         let mut known = self.known.lock();
-        let entry = known.entry(workload.uid).or_insert_with(|| Known {
+        let others = known
+            .values()
+            .map(|known| &known.ledger)
+            .filter(|ledger| ledger.uid != noted.uid && ledger.namespace == noted.namespace);
+        for ledger in others {
+            if let Some(object) = fresh.iter().find(|o| ledger.objects.contains(**o)) {
+                return Err(taken(object, &ledger.app.to_string()));
+            }
+        }
+        let entry = known.entry(noted.uid).or_insert_with(|| Known {
             ledger: noted.clone(),
             applied: BTreeMap::new(),
             applying: true,
@@ -613,9 +589,70 @@ impl Inner {
             was_ready: false,
         });
         entry.was_ready &= entry.ledger.epoch == noted.epoch;
-        entry.ledger = noted;
+        entry.ledger = noted.clone();
         entry.applying = true;
         entry.deleting = false;
+        Ok(())
+    }
+
+    /// Notes what was applied before it is, so that nothing is ever left that no ledger lists.
+    async fn begin(&self, workload: &Workload) -> Result<(Ledger, Vec<ObjectRef>), BackendError> {
+        let objects: Vec<ObjectRef> = workload
+            .components
+            .iter()
+            .map(reference)
+            .collect::<Result<_, _>>()?;
+        let namespace = self.namespace_for(&workload.app);
+        let before = self.known.lock().get(&workload.uid).cloned();
+        if let Some(before) = &before
+            && before.ledger.epoch > workload.epoch
+        {
+            return Err(outdated(before.ledger.epoch, workload.epoch));
+        }
+        let old: BTreeSet<ObjectRef> = before
+            .iter()
+            .flat_map(|known| known.ledger.objects.iter().cloned())
+            .collect();
+        self.ensure_namespace(&namespace, &workload.app).await?;
+        let fresh: Vec<&ObjectRef> = objects.iter().filter(|o| !old.contains(*o)).collect();
+        let dropped: Vec<ObjectRef> = old
+            .iter()
+            .filter(|object| !objects.contains(object))
+            .cloned()
+            .collect();
+        let noted = Ledger {
+            uid: workload.uid,
+            app: workload.app.clone(),
+            epoch: workload.epoch,
+            namespace: namespace.clone(),
+            objects: objects.iter().chain(&dropped).cloned().collect(),
+        };
+        self.claim(&noted, &fresh)?;
+        let checks = fresh
+            .iter()
+            .map(|object| self.check_owner(workload, object, &namespace));
+        if let Err(error) = futures::future::try_join_all(checks).await {
+            let mut known = self.known.lock();
+            match before {
+                Some(before) => known.insert(workload.uid, before),
+                None => known.remove(&workload.uid),
+            };
+            return Err(error);
+        }
+        // The ledger may be among what somebody else removed.
+        let written = before
+            .as_ref()
+            .is_some_and(|known| !known.drifted && known.ledger == noted);
+        if !written && let Err(error) = self.write_ledger(&noted, before.is_none()).await {
+            // It may have been written all the same: what it lists stays claimed until it is
+            // applied or deleted.
+            if let Some(entry) = self.known.lock().get_mut(&workload.uid) {
+                entry.applying = false;
+                entry.drifted = true;
+            }
+            return Err(error);
+        }
+        let ledger = Ledger { objects, ..noted };
         Ok((ledger, dropped))
     }
 
@@ -644,6 +681,13 @@ impl Inner {
         }
         Ok(applied)
     }
+}
+
+fn taken(object: &ObjectRef, other: &str) -> BackendError {
+    BackendError::new(
+        Code::Conflict,
+        format!("{object} belongs to application {other}; rename one of the two"),
+    )
 }
 
 fn outdated(newest: Epoch, asked: Epoch) -> BackendError {
@@ -778,7 +822,7 @@ impl Backend for KubernetesBackend {
                 ));
             }
             if !dropped.is_empty() {
-                inner.write_ledger(&ledger).await?;
+                inner.write_ledger(&ledger, false).await?;
             }
             Ok(applied)
         }

@@ -75,6 +75,21 @@ pub(crate) async fn call<T>(
     }
 }
 
+/// Like [`call`], for a call to which the status `code` is an answer too: `None`.
+pub(crate) async fn call_unless<T>(
+    code: u16,
+    what: &str,
+    work: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<Option<T>, BackendError> {
+    let work = async {
+        match work.await {
+            Err(error) if status_code(&error) == Some(code) => Ok(None),
+            answer => answer.map(Some),
+        }
+    };
+    call(what, work).await
+}
+
 pub(crate) const fn status_code(error: &kube::Error) -> Option<u16> {
     match error {
         kube::Error::Api(status) => Some(status.code),
@@ -146,15 +161,9 @@ impl Cluster {
                 let list = if is_core {
                     call(what, client.list_core_api_resources(&version)).await
                 } else {
-                    match tokio::time::timeout(CALL_TIME, client.list_api_group_resources(&version))
+                    call_unless(404, what, client.list_api_group_resources(&version))
                         .await
-                    {
-                        Ok(Err(error)) if status_code(&error) == Some(404) => {
-                            Ok(APIResourceList::default())
-                        }
-                        Ok(list) => call(what, std::future::ready(list)).await,
-                        Err(_) => call(what, std::future::pending()).await,
-                    }
+                        .map(Option::unwrap_or_default)
                 };
                 (version, list)
             })

@@ -31,6 +31,8 @@ pub(crate) enum Change {
 pub(crate) struct Done {
     pub(crate) object: Arc<Value>,
     pub(crate) created: bool,
+    /// The store took it, so what it was made from was the newest.
+    written: bool,
     pub(crate) warnings: Vec<Cause>,
 }
 
@@ -285,15 +287,18 @@ pub(crate) async fn change(
     writer: &Writer,
 ) -> Result<Done, ApiError> {
     let name = target.name.as_deref().unwrap_or_default();
+    // A write is a compare-and-swap, so what it starts from need not be confirmed to be the
+    // newest: the store says so by taking it. Whatever else comes of it is done again on what is.
+    let mut freshness = if query.dry_run()? {
+        Freshness::Latest
+    } else {
+        Freshness::Any
+    };
     for attempt in 0.. {
+        let namespace = target.namespace.as_deref();
         let found = service
             .store
-            .get(
-                &target.kind,
-                target.namespace.as_deref(),
-                name,
-                Freshness::Latest,
-            )
+            .get(&target.kind, namespace, name, freshness)
             .await;
         let result = match found {
             Ok(old) => update(service, target, query, &change, writer, &old).await,
@@ -303,11 +308,20 @@ pub(crate) async fn change(
                 {
                     apply_new(service, target, query, object, writer).await
                 } else {
-                    return Err(error);
+                    Err(error)
                 }
             }
-            Err(error) => return Err(error),
+            Err(error) => Err(error),
         };
+        if freshness == Freshness::Any {
+            freshness = Freshness::Latest;
+            match result {
+                Ok(done) if done.written => return Ok(done),
+                // It may have been written or not: that is for the client to find out.
+                Err(error) if error.code >= 500 => return Err(error),
+                _ => continue,
+            }
+        }
         let pinned = match &change {
             Change::Replace(object)
             | Change::Merge(object)
@@ -358,12 +372,14 @@ async fn apply_new(
         return Ok(Done {
             object: Arc::new(object),
             created: true,
+            written: false,
             warnings,
         });
     }
     Ok(Done {
         object: service.store.create(&target.kind, object).await?,
         created: true,
+        written: true,
         warnings,
     })
 }
@@ -555,16 +571,17 @@ async fn finish(
     object: Value,
     warnings: Vec<Cause>,
 ) -> Result<Done, ApiError> {
-    let done = |object: Arc<Value>| Done {
+    let done = |object: Arc<Value>, written| Done {
         object,
         created: false,
+        written,
         warnings: warnings.clone(),
     };
     if object == **old {
-        return Ok(done(Arc::clone(old)));
+        return Ok(done(Arc::clone(old), false));
     }
     if query.dry_run()? {
-        return Ok(done(Arc::new(object)));
+        return Ok(done(Arc::new(object), false));
     }
     let expected = revision_of(old);
     let deleting = text(&object, "/metadata/deletionTimestamp").is_some();
@@ -576,11 +593,10 @@ async fn finish(
             .store
             .remove(&target.kind, target.namespace.as_deref(), name, expected)
             .await?;
-        return Ok(done(Arc::new(object)));
+        return Ok(done(Arc::new(object), true));
     }
-    Ok(done(
-        service.store.update(&target.kind, object, expected).await?,
-    ))
+    let object = service.store.update(&target.kind, object, expected).await?;
+    Ok(done(object, true))
 }
 
 /// A write to the object leaves its status alone, and a write to the status everything else.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use krake_consensus::{Batch, Command, Entry, Expect, Operation, ProposeError, ReadError};
 use krake_kube_api::store::{modified, revision_of, set_revision};
-use krake_kube_api::{ApiError, Event, EventKind, EventLog, Freshness, Kind, Listing, Store};
+use krake_kube_api::{
+    ApiError, Event, EventKind, EventLog, EventObject, Freshness, Kind, Listing, Store,
+};
 use krake_model::{AppKey, GroupId, Revision};
 use serde_json::Value;
 use tokio::sync::broadcast::error::RecvError;
@@ -79,7 +81,7 @@ impl CatalogStore {
             .unwrap_or(0)
     }
 
-    fn take(&self, batch: Batch) {
+    fn take(self: &Arc<Self>, batch: Batch) {
         if batch.reset {
             self.events.reset(batch.revision.number());
             return;
@@ -96,24 +98,26 @@ impl CatalogStore {
                 continue;
             }
             let plural = plural.to_owned();
-            let read = |entry: &Entry| {
-                let mut object = object(&change.key, entry)?;
-                self.overlay.add(&plural, &mut object);
-                Some(Arc::new(object))
+            let revision = batch.revision.number();
+            let gone = change.entry.is_none();
+            let later = |entry: Entry| {
+                let (overlay, key) = (Arc::clone(&self.overlay), change.key.clone());
+                let plural = plural.clone();
+                EventObject::later(move || {
+                    let mut object = object(&key, &entry)?;
+                    overlay.add(&plural, &mut object);
+                    if gone {
+                        set_revision(&mut object, revision);
+                    }
+                    Some(object)
+                })
             };
-            let previous = change.previous.as_ref().and_then(read);
-            let (kind, object) = match (&change.entry, &previous) {
-                (Some(entry), None) => (EventKind::Added, read(entry)),
-                (Some(entry), Some(_)) => (EventKind::Modified, read(entry)),
-                (None, Some(previous)) => {
-                    let mut gone = (**previous).clone();
-                    set_revision(&mut gone, batch.revision.number());
-                    (EventKind::Deleted, Some(Arc::new(gone)))
-                }
+            let previous = change.previous.map(later);
+            let (kind, object) = match (change.entry.map(later), &previous) {
+                (Some(object), None) => (EventKind::Added, object),
+                (Some(object), Some(_)) => (EventKind::Modified, object),
+                (None, Some(previous)) => (EventKind::Deleted, previous.clone()),
                 (None, None) => continue,
-            };
-            let Some(object) = object else {
-                continue;
             };
             let groups: &[&str] = if plural == "events" {
                 &["krake.dev", ""]
@@ -124,9 +128,9 @@ impl CatalogStore {
                 events.push(Event {
                     kind,
                     resource: ((*group).to_owned(), plural.clone()),
-                    object: Arc::clone(&object),
+                    object: object.clone(),
                     previous: previous.clone(),
-                    revision: batch.revision.number(),
+                    revision,
                 });
             }
         }

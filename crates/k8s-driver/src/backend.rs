@@ -770,10 +770,7 @@ impl Backend for KubernetesBackend {
             call("reading the pods", pods.list(&params)),
         )?;
         let values = |items: Vec<DynamicObject>| -> Vec<Value> {
-            items
-                .into_iter()
-                .filter_map(|item| serde_json::to_value(item).ok())
-                .collect()
+            items.into_iter().map(|item| item.data).collect()
         };
         let (total, free) = capacity::capacity(&values(nodes.items), &values(pods.items));
         inner.load().await?;

@@ -20,7 +20,8 @@ fn bytes(text: &str) -> Option<u64> {
     parse_quantity(text).ok()
 }
 
-/// What all nodes that take pods have, and what of it pods do not request.
+/// What all nodes that take pods have, and what of it pods do not request; of the objects only
+/// `spec` and `status` are read.
 pub(crate) fn capacity(nodes: &[Value], pods: &[Value]) -> (Resources, Resources) {
     let mut total = Resources::ZERO;
     for node in nodes.iter().filter(|node| takes_pods(node)) {

@@ -20,5 +20,7 @@ mod write;
 pub use crate::error::{ApiError, Cause};
 pub use crate::kinds::{Column, Compute, Kind, Registry};
 pub use crate::service::{Admission, AdmitAll, FieldValidation, Hold, Service};
-pub use crate::store::{Event, EventKind, EventLog, Freshness, Listing, MemoryStore, Store};
+pub use crate::store::{
+    Event, EventKind, EventLog, EventObject, Freshness, Listing, MemoryStore, Store,
+};
 pub use crate::write::{finalizers, marked};

@@ -17,6 +17,11 @@ enum Requirement {
 pub struct LabelSelector(Vec<Requirement>);
 
 impl LabelSelector {
+    /// Whether every object matches.
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Parses the query parameter `labelSelector`.
     ///
     /// # Errors
@@ -114,6 +119,11 @@ fn requirement(part: &str) -> Result<Requirement, ApiError> {
 pub struct FieldSelector(Vec<(Vec<String>, bool, String)>);
 
 impl FieldSelector {
+    /// Whether every object matches.
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Parses the query parameter `fieldSelector`.
     ///
     /// # Errors

@@ -640,6 +640,10 @@ impl Watch {
         }
     }
 
+    fn selects_all(&self) -> bool {
+        self.labels.is_empty() && self.fields.is_empty()
+    }
+
     fn selects(&self, object: &Value) -> bool {
         self.labels.matches(object) && self.fields.matches(object)
     }
@@ -649,18 +653,24 @@ impl Watch {
         if event.resource.0 != kind.group || event.resource.1 != kind.plural {
             return true;
         }
-        let namespace = event
-            .object
+        let object = event.object.value();
+        if object.is_null() {
+            return true;
+        }
+        let namespace = object
             .pointer("/metadata/namespace")
             .and_then(Value::as_str);
         if self.target.namespace.is_some() && self.target.namespace.as_deref() != namespace {
             return true;
         }
-        let now = event.kind != EventKind::Deleted && self.selects(&event.object);
-        let before = match (&event.previous, event.kind) {
-            (_, EventKind::Added) => false,
-            (Some(previous), _) => self.selects(previous),
-            (None, _) => self.selects(&event.object),
+        let selected = self.selects(object);
+        let now = event.kind != EventKind::Deleted && selected;
+        let before = match &event.previous {
+            _ if event.kind == EventKind::Added => false,
+            // Without a selector every version is selected, and the one before is not read.
+            _ if self.selects_all() => true,
+            Some(previous) => self.selects(previous.value()),
+            None => selected,
         };
         let word = match (before, now) {
             (false, false) => return true,
@@ -668,7 +678,7 @@ impl Watch {
             (true, true) => "MODIFIED",
             (true, false) => "DELETED",
         };
-        self.send(word, &event.object).await
+        self.send(word, object).await
     }
 
     async fn send(&self, word: &str, object: &Value) -> bool {

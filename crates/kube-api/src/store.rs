@@ -1,7 +1,7 @@
 //! Where objects are kept, and the log of events that watches follow.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -22,6 +22,47 @@ pub enum EventKind {
     Deleted,
 }
 
+/// An object of an event, which is only read from its bytes when somebody watches: most events
+/// nobody does. Cheap to clone.
+#[derive(Clone)]
+pub struct EventObject(Form);
+
+type Later = LazyLock<Arc<Value>, Box<dyn FnOnce() -> Arc<Value> + Send>>;
+
+#[derive(Clone)]
+enum Form {
+    Ready(Arc<Value>),
+    Later(Arc<Later>),
+}
+
+impl EventObject {
+    /// An object that `read` makes when it is first asked for; `null` when it cannot.
+    pub fn later(read: impl FnOnce() -> Option<Value> + Send + 'static) -> Self {
+        let read = move || Arc::new(read().unwrap_or_default());
+        Self(Form::Later(Arc::new(LazyLock::new(Box::new(read)))))
+    }
+
+    /// The object; `null` when it could not be read.
+    pub fn value(&self) -> &Arc<Value> {
+        match &self.0 {
+            Form::Ready(value) => value,
+            Form::Later(value) => value,
+        }
+    }
+}
+
+impl From<Arc<Value>> for EventObject {
+    fn from(value: Arc<Value>) -> Self {
+        Self(Form::Ready(value))
+    }
+}
+
+impl std::fmt::Debug for EventObject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventObject").finish_non_exhaustive()
+    }
+}
+
 /// One event.
 #[derive(Debug, Clone)]
 pub struct Event {
@@ -30,9 +71,9 @@ pub struct Event {
     /// Group and plural of the object's kind.
     pub resource: (String, String),
     /// The object after the event (before it, when deleted), with `resourceVersion` set.
-    pub object: Arc<Value>,
+    pub object: EventObject,
     /// The object before the event.
-    pub previous: Option<Arc<Value>>,
+    pub previous: Option<EventObject>,
     /// The event's revision.
     pub revision: u64,
 }
@@ -411,8 +452,8 @@ impl MemoryStore {
         self.events.append([Event {
             kind: event,
             resource,
-            object: Arc::clone(&object),
-            previous,
+            object: Arc::clone(&object).into(),
+            previous: previous.map(EventObject::from),
             revision,
         }]);
         Ok(object)
@@ -537,7 +578,7 @@ mod tests {
         Event {
             kind: EventKind::Added,
             resource: (String::new(), "x".to_owned()),
-            object: Arc::new(json!({})),
+            object: Arc::new(json!({})).into(),
             previous: None,
             revision,
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use krake_consensus::{Batch, Entry};
-use krake_model::{AppKey, ApplicationSpec, DecisionRecord, GroupId, NodeId, Timestamp};
+use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Revision, Timestamp};
 use krake_placement::spec::{Defaults, validate};
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -15,7 +15,7 @@ use tracing::{error, info};
 
 use super::effects::Effects;
 use super::plan::{Memory, StoredApp};
-use crate::catalog::{Catalog, epoch_of};
+use crate::catalog::{self, Catalog, epoch_of};
 use crate::federation::{Federation, now};
 use crate::records::{self, AssignRecord, CopyReport, PlacementStatus, ReportedState, Tombstone};
 
@@ -46,6 +46,8 @@ struct State {
     /// When an app is looked at without a reason.
     due: BTreeMap<AppKey, Timestamp>,
     led: BTreeSet<GroupId>,
+    /// The newest change of each app that has been looked at.
+    known: BTreeMap<AppKey, Revision>,
     /// What of each site's report decisions depend on, as last seen.
     seen: BTreeMap<NodeId, String>,
 }
@@ -98,6 +100,13 @@ impl Owner {
         self.inner.state.lock().memories.len()
     }
 
+    /// What was written about the app up to this revision has been looked at.
+    pub(super) fn has_seen(&self, app: &AppKey, revision: Revision) {
+        let mut state = self.inner.state.lock();
+        let known = state.known.entry(app.clone()).or_default();
+        *known = revision.max(*known);
+    }
+
     fn look_at(&self, apps: impl IntoIterator<Item = AppKey>) {
         let mut state = self.inner.state.lock();
         for app in apps {
@@ -135,10 +144,22 @@ impl Owner {
                 }
                 Ok(batch) if batch.reset => self.look_at(self.apps_of(batch.group)),
                 Ok(batch) => {
-                    let led = self.inner.state.lock().led.contains(&batch.group);
-                    if led {
-                        self.look_at(touched(&batch));
-                    }
+                    let changed: Vec<AppKey> = {
+                        let state = self.inner.state.lock();
+                        let led = state.led.contains(&batch.group);
+                        // What the owner itself wrote it need not look at again.
+                        let news = |app: &AppKey| {
+                            state
+                                .known
+                                .get(app)
+                                .is_none_or(|known| *known < batch.revision)
+                        };
+                        touched(&batch)
+                            .into_iter()
+                            .filter(|app| led && news(app))
+                            .collect()
+                    };
+                    self.look_at(changed);
                 }
                 Err(RecvError::Lagged(_)) => {
                     let led = self.inner.state.lock().led.clone();
@@ -182,6 +203,9 @@ impl Owner {
                     .retain(|app, _| led.contains(&catalog.group_of(app)));
                 state
                     .due
+                    .retain(|app, _| led.contains(&catalog.group_of(app)));
+                state
+                    .known
                     .retain(|app, _| led.contains(&catalog.group_of(app)));
                 state.led = led;
                 new
@@ -355,6 +379,7 @@ impl Owner {
             }
             None => {
                 state.memories.remove(&app);
+                state.known.remove(&app);
             }
         }
         drop(state);
@@ -389,16 +414,54 @@ pub(super) struct Loaded {
     pub(super) status: PlacementStatus,
 }
 
-/// Reads everything stored about an app; `None`: it is gone or cannot be understood.
+impl Loaded {
+    /// Reads the assignment and the placement.
+    fn read_rest(&mut self, catalog: &Catalog, group: GroupId) {
+        let app = &self.app.app;
+        let assign = catalog.read::<AssignRecord>(group, &records::assign_key(app));
+        let placement_key = records::object_key("placements", &app.namespace, &app.name);
+        let placement = catalog.read::<Value>(group, &placement_key);
+        self.status = placement
+            .as_ref()
+            .and_then(|(object, _)| object.get("status").cloned())
+            .and_then(|status| serde_json::from_value(status).ok())
+            .unwrap_or_default();
+        self.placement = placement;
+        self.app.decision.clone_from(&self.status.decision);
+        self.app.assign = assign
+            .as_ref()
+            .map(|(assign, entry)| (assign.clone(), epoch_of(entry)));
+        self.assign = assign.map(|(_, entry)| entry);
+    }
+
+    /// The newest of the changes it was read from.
+    pub(super) fn revision(&self) -> Revision {
+        let others = [
+            self.assign.as_ref(),
+            self.placement.as_ref().map(|(_, entry)| entry),
+        ];
+        let others = others.into_iter().flatten().map(|entry| entry.modified);
+        others.fold(self.entry.modified, Revision::max)
+    }
+}
+
+/// Reads everything stored about an app; `None`: it is gone or cannot be understood. What has not
+/// changed since `before` is taken from it.
 pub(super) fn load(
     catalog: &Catalog,
     federation: &Federation,
     defaults: &Defaults,
     app: &AppKey,
+    before: Option<Loaded>,
 ) -> Option<Loaded> {
     let group = catalog.group_of(app);
     let key = records::object_key("applications", &app.namespace, &app.name);
-    let (object, entry) = catalog.read::<Value>(group, &key)?;
+    let entry = catalog.host.get(group, &key)?;
+    if let Some(mut before) = before.filter(|before| before.entry.modified == entry.modified) {
+        before.read_rest(catalog, group);
+        return Some(before);
+    }
+    let object: Value = catalog::parse(&key, &entry)?;
     let spec = object.get("spec").cloned().unwrap_or_default();
     let spec: ApplicationSpec = match serde_json::from_value(spec) {
         Ok(spec) => spec,
@@ -415,17 +478,8 @@ pub(super) fn load(
             return None;
         }
     };
-    let assign = catalog.read::<AssignRecord>(group, &records::assign_key(app));
-    let placement_key = records::object_key("placements", &app.namespace, &app.name);
-    let placement = catalog.read::<Value>(group, &placement_key);
-    let status: PlacementStatus = placement
-        .as_ref()
-        .and_then(|(object, _)| object.get("status").cloned())
-        .and_then(|status| serde_json::from_value(status).ok())
-        .unwrap_or_default();
-    let decision: Option<DecisionRecord> = status.decision.clone();
     let uid = object.pointer("/metadata/uid").and_then(Value::as_str)?;
-    Some(Loaded {
+    let mut loaded = Loaded {
         app: StoredApp {
             app: app.clone(),
             uid: uid.parse().ok()?,
@@ -437,15 +491,15 @@ pub(super) fn load(
             needs,
             policy,
             deleting: object.pointer("/metadata/deletionTimestamp").is_some(),
-            assign: assign
-                .as_ref()
-                .map(|(assign, entry)| (assign.clone(), epoch_of(entry))),
-            decision,
+            assign: None,
+            decision: None,
         },
         object,
         entry,
-        assign: assign.map(|(_, entry)| entry),
-        placement,
-        status,
-    })
+        assign: None,
+        placement: None,
+        status: PlacementStatus::default(),
+    };
+    loaded.read_rest(catalog, group);
+    Some(loaded)
 }

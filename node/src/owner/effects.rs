@@ -5,7 +5,7 @@ use std::sync::Arc;
 use krake_consensus::{Command, Entry, Expect, Operation, ProposeError};
 use krake_model::application::{AppPhase, ApplicationStatus};
 use krake_model::decision::Target;
-use krake_model::{AppKey, DecisionRecord, GroupId, Timestamp};
+use krake_model::{AppKey, DecisionRecord, GroupId, Revision, Timestamp};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tracing::{debug, info};
@@ -46,13 +46,14 @@ impl<'a> Effects<'a> {
         &self.owner.inner.federation.catalog
     }
 
-    fn load(&self, app: &AppKey) -> Option<Loaded> {
+    fn load(&self, app: &AppKey, before: Option<Loaded>) -> Option<Loaded> {
         let inner = &self.owner.inner;
         load(
             &inner.federation.catalog,
             &inner.federation,
             &inner.defaults,
             app,
+            before,
         )
     }
 
@@ -63,11 +64,13 @@ impl<'a> Effects<'a> {
         app: &AppKey,
         memory: &Arc<Mutex<Memory>>,
     ) -> Option<Timestamp> {
+        let mut before = None;
         for _ in 0..STEPS_MAX {
             if !self.owner.owns(app) {
                 return None;
             }
-            let loaded = self.load(app)?;
+            let loaded = self.load(app, before.take())?;
+            self.owner.has_seen(app, loaded.revision());
             forget_others(&loaded, memory);
             let world = self.owner.inner.federation.moment();
             let step = plan(&loaded.app, &mut memory.lock(), &world);
@@ -107,6 +110,7 @@ impl<'a> Effects<'a> {
                 debug!(%app, error, "tried again later");
                 return Some(now().plus_millis(RETRY_MS));
             }
+            before = Some(loaded);
         }
         Some(now().plus_millis(RETRY_MS))
     }
@@ -159,10 +163,10 @@ impl<'a> Effects<'a> {
         }
     }
 
-    async fn propose(&self, group: GroupId, operations: Vec<Operation>) -> Result<(), Later> {
+    async fn propose(&self, group: GroupId, operations: Vec<Operation>) -> Result<Revision, Later> {
         let command = Command::new(operations);
         match self.catalog().host.propose(group, command, PATIENCE).await {
-            Ok(_) => Ok(()),
+            Ok(committed) => Ok(committed.revision),
             Err(ProposeError::Conflict { key, .. }) => Err(format!("{key} changed meanwhile")),
             Err(error) => Err(error.to_string()),
         }
@@ -265,7 +269,11 @@ impl<'a> Effects<'a> {
             operations.push(put_placement(loaded, &placement));
         }
         operations.extend(self.event_operations(loaded, drafts));
-        self.propose(self.catalog().group_of(app), operations).await
+        let group = self.catalog().group_of(app);
+        let revision = self.propose(group, operations).await?;
+        // It was made from what is stored, so it calls for nothing new.
+        self.owner.has_seen(app, revision);
+        Ok(())
     }
 
     fn event_operations(&self, loaded: &Loaded, drafts: &[EventDraft]) -> Vec<Operation> {

@@ -123,20 +123,21 @@ impl Controller {
             previous,
             ..
         } = event;
+        let object = object.value();
         let gone = kind == EventKind::Deleted;
-        let key = key(&resource, &object);
-        self.serve(&resource, &object, gone);
+        let key = key(&resource, object);
+        self.serve(&resource, object, gone);
         if gone {
             self.view.remove(&key);
-            self.kubelets.forget(uid(&object));
+            self.kubelets.forget(uid(object));
             self.wakes.remove(&key);
         } else {
-            self.view.put(&resource, Arc::clone(&object));
+            self.view.put(&resource, Arc::clone(object));
             self.due.insert(key);
         }
-        self.concern(&resource, &object, gone);
+        self.concern(&resource, object, gone);
         if let Some(previous) = previous {
-            self.concern_owners(&previous);
+            self.concern_owners(previous.value());
         }
     }
 

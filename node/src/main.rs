@@ -9,7 +9,7 @@ use krake_node::config::{Config, KEYS, LogFormat};
 /// Many short-lived JSON documents on several threads: the system's allocator spends a tenth of a
 /// busy node's time on giving memory back and taking it again (docs/benchmarks.md).
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// One site's node of a Krake federation.
 ///

@@ -22,7 +22,7 @@ use tokio::sync::{OnceCell, broadcast, mpsc};
 use tracing::{debug, info};
 
 use crate::cache::{Cache, Noticed};
-use crate::capacity;
+use crate::capacity::Capacity;
 use crate::cluster::{CALL_TIME, Cluster, call, call_unless, status_code};
 use crate::ledger::{APP_ANNOTATION, LEDGER_LABEL, Ledger, NAMESPACE_LABEL, ObjectRef, UID_LABEL};
 use crate::readiness;
@@ -74,6 +74,7 @@ struct Inner {
     known: Mutex<BTreeMap<AppUid, Known>>,
     namespaces: Mutex<BTreeSet<String>>,
     loaded: OnceCell<()>,
+    capacity: std::sync::OnceLock<Arc<Capacity>>,
     changes: broadcast::Sender<AppUid>,
 }
 
@@ -142,6 +143,7 @@ impl KubernetesBackend {
             known: Mutex::default(),
             namespaces: Mutex::default(),
             loaded: OnceCell::new(),
+            capacity: std::sync::OnceLock::new(),
             changes: broadcast::channel(4096).0,
         });
         tokio::spawn(notice(Arc::downgrade(&inner), receiver));
@@ -760,19 +762,14 @@ impl Backend for KubernetesBackend {
     async fn inventory(&self) -> Result<Inventory, BackendError> {
         let inner = &self.inner;
         let kinds = inner.cluster.kinds().await?;
-        let (node_kind, _) = inner.cluster.resource("v1", "Node").await?;
-        let (pod_kind, _) = inner.cluster.resource("v1", "Pod").await?;
-        let params = ListParams::default().match_any();
-        let nodes = inner.api(&node_kind, None);
-        let pods = inner.api(&pod_kind, None);
-        let (nodes, pods) = futures::try_join!(
-            call("reading the nodes", nodes.list(&params)),
-            call("reading the pods", pods.list(&params)),
-        )?;
-        let values = |items: Vec<DynamicObject>| -> Vec<Value> {
-            items.into_iter().map(|item| item.data).collect()
-        };
-        let (total, free) = capacity::capacity(&values(nodes.items), &values(pods.items));
+        // The watches say nothing of a cluster that does not answer any more.
+        let (namespaces, _) = inner.cluster.resource("v1", "Namespace").await?;
+        let namespace = inner.api(&namespaces, None);
+        call_unless(404, "asking for a sign of life", namespace.get("default")).await?;
+        let capacity = inner
+            .capacity
+            .get_or_init(|| Capacity::follow(&inner.cluster.client));
+        let (total, free) = capacity.read().await?;
         inner.load().await?;
         Ok(Inventory { total, free, kinds })
     }

@@ -68,7 +68,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// The timing of production nodes: heartbeats every 200 ms, elections after 0.5 to 1 s.
+    /// The timing of production nodes: heartbeats every 300 ms, elections after 0.6 to 1.2 s.
     pub fn new(node: NodeId, replica: u64, path: PathBuf, boot: u64) -> Self {
         Self {
             node,
@@ -76,8 +76,8 @@ impl Config {
             path,
             boot,
             tick: Duration::from_millis(100),
-            election_ticks: 5,
-            heartbeat_ticks: 2,
+            election_ticks: 6,
+            heartbeat_ticks: 3,
             compact_entries: 1000,
         }
     }

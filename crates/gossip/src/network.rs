@@ -10,7 +10,7 @@ use futures::StreamExt;
 use krake_model::codec;
 use krake_model::ids::{FederationId, NodeId};
 use krake_model::report::{REPORT_BYTES_MAX, SignedReport};
-use libp2p::core::Multiaddr;
+use libp2p::core::{Multiaddr, upgrade};
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, SwarmEvent};
@@ -232,7 +232,11 @@ fn build_swarm(
         .with_behaviour(|_| behaviour)
         .map_err(|error| start(error.to_string()))?
         .with_swarm_config(|config| {
-            config.with_idle_connection_timeout(Duration::from_secs(u64::from(u32::MAX)))
+            config
+                .with_idle_connection_timeout(Duration::from_secs(u64::from(u32::MAX)))
+                // Each of our streams has one protocol only: its first bytes need not wait a
+                // round trip for the other side's consent.
+                .with_substream_upgrade_protocol_override(upgrade::Version::V1Lazy)
         })
         .build();
     Ok(swarm)

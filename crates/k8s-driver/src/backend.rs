@@ -633,20 +633,21 @@ impl Inner {
         let checks = fresh
             .iter()
             .map(|object| self.check_owner(workload, object, &namespace));
-        if let Err(error) = futures::future::try_join_all(checks).await {
-            let mut known = self.known.lock();
-            match before {
-                Some(before) => known.insert(workload.uid, before),
-                None => known.remove(&workload.uid),
-            };
-            return Err(error);
-        }
         // The ledger may be among what somebody else removed.
         let written = before
             .as_ref()
             .is_some_and(|known| !known.drifted && known.ledger == noted);
-        if !written && let Err(error) = self.write_ledger(&noted, before.is_none()).await {
-            // It may have been written all the same: what it lists stays claimed until it is
+        let write = async {
+            if written {
+                return Ok(());
+            }
+            self.write_ledger(&noted, before.is_none()).await
+        };
+        // Both at once: a ledger may list what turns out to belong to others, as only what carries
+        // the app's label is ever removed for it.
+        let (checked, wrote) = tokio::join!(futures::future::try_join_all(checks), write);
+        if let Err(error) = checked.and(wrote) {
+            // The ledger may have been written: what it lists stays claimed until the app is
             // applied or deleted.
             if let Some(entry) = self.known.lock().get_mut(&workload.uid) {
                 entry.applying = false;

@@ -3,7 +3,11 @@
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
 //! `burst`, `failover`, `leader` and `idle`; without one all of them run. Each prints lines of a
 //! table for `docs/benchmarks.md`.
-#![allow(clippy::print_stdout, reason = "the program's output")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the program's output"
+)]
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
 use std::collections::BTreeMap;
@@ -353,6 +357,7 @@ impl Bench {
             self.net.run(&["chaos", "kill", home]);
             let end = self.running_elsewhere(&names, home).await;
             times.push((end - start).as_secs_f64());
+            eprintln!("{label}: {:.1} s", (end - start).as_secs_f64());
             self.net.run(&["chaos", "restart", home]);
             for name in &names {
                 let _ = api.delete(name, &DeleteParams::default()).await;

@@ -374,17 +374,16 @@ impl Check {
         };
         let (api, kind, name) = (text("/apiVersion"), text("/kind"), text("/metadata/name"));
         for (field, pointer, example) in [
-            ("apiVersion", "/apiVersion", "apps/v1"),
-            ("kind", "/kind", "Deployment"),
-            ("metadata.name", "/metadata/name", "web"),
+            ("apiVersion", "/apiVersion", "apiVersion: apps/v1"),
+            ("kind", "/kind", "kind: Deployment"),
+            ("metadata.name", "/metadata/name", "metadata: {name: web}"),
         ] {
             let field_path = format!("{path}.{field}");
             match manifest.pointer(pointer) {
                 Some(Value::String(text)) if !text.is_empty() => {}
-                None | Some(Value::Null | Value::String(_)) => self.error(
-                    field_path,
-                    format!("is required, such as `{field}: {example}`"),
-                ),
+                None | Some(Value::Null | Value::String(_)) => {
+                    self.error(field_path, format!("is required, such as `{example}`"))
+                }
                 Some(other) => self.error(
                     field_path,
                     format!(

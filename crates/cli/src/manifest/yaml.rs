@@ -338,7 +338,11 @@ fn yaml_error(error: &serde_saphyr::Error, text: &str) -> YamlError {
     let span = error
         .location()
         .map(|location| position(text, location.line(), location.column()));
-    if let Some((message, limit)) = in_our_words(error.without_snippet()) {
+    let mut inner = error.without_snippet();
+    while let serde_saphyr::Error::AliasError { error, .. } = inner {
+        inner = error.without_snippet();
+    }
+    if let Some((message, limit)) = in_our_words(inner) {
         return YamlError {
             message,
             span,
@@ -434,6 +438,7 @@ mod tests {
         }
         let error = parse(&bomb).unwrap_err();
         assert!(error.limit, "{error:?}");
+        assert_eq!(error.message, "more values than that, aliases expanded");
         assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
     }
 

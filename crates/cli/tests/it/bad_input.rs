@@ -38,6 +38,7 @@ fn bomb() -> String {
 
 fn cases() -> Vec<Case> {
     let mut cases = grammar_cases();
+    cases.extend(type_cases());
     cases.extend(limit_cases());
     cases
 }
@@ -196,6 +197,13 @@ fn grammar_cases() -> Vec<Case> {
             &["twice"],
         ),
         case("binary", "a\u{0}b: [\n", "yaml", &["f.yaml"]),
+    ]
+}
+
+/// Not what it should be, in ways that YAML itself would allow.
+fn type_cases() -> Vec<Case> {
+    let good = app("shop");
+    vec![
         case(
             "unknown-metadata",
             good.replace("  name: shop\n", "  name: shop\n  lables: {}\n"),

@@ -614,6 +614,8 @@ impl Trial {
                 );
         }
 
+        self.cluster_that_does_not_answer();
+
         let membership = std::fs::read(self.path("own/membership")).unwrap();
         let invitation = self.token(&[]);
         self.unchanged("a data directory of another federation", || {
@@ -653,6 +655,60 @@ impl Trial {
             &["krake-node init", "krake-node join TOKEN"],
         );
         assert!(!self.path("typo").exists());
+    }
+
+    /// It may be down for a while only: the node runs, and says what is wrong.
+    fn cluster_that_does_not_answer(&self) {
+        let address = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let kubeconfig = self.write(
+            "dead.kubeconfig",
+            &json!({
+                "apiVersion": "v1", "kind": "Config", "current-context": "dead",
+                "clusters": [{"name": "dead", "cluster": {"server": format!("https://{address}")}}],
+                "users": [{"name": "dead", "user": {}}],
+                "contexts": [{"name": "dead", "context": {"cluster": "dead", "user": "dead"}}],
+            })
+            .to_string(),
+        );
+        let log = self.path("dead.log");
+        let mut node = Command::new(program("krake-node"))
+            .arg("run")
+            .arg("--node.data_dir")
+            .arg(self.path("own"))
+            .args(["--site.name", "oslo", "--peers.listen", "[\"127.0.0.1:0\"]"])
+            .args(["--api.listen", "[\"127.0.0.1:0\"]", "--backends"])
+            .arg(format!(
+                "[{{name = \"default\", kubeconfig = \"{kubeconfig}\"}}]"
+            ))
+            .stderr(std::fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        let begun = Instant::now();
+        let said = loop {
+            let said = std::fs::read_to_string(&log).unwrap();
+            let ended = node.try_wait().unwrap();
+            if ended.is_some()
+                || begun.elapsed() > REFUSED_WITHIN
+                || said.contains("backend does not answer")
+            {
+                break said;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        let ended = node.try_wait().unwrap();
+        node.kill().unwrap();
+        node.wait().unwrap();
+        assert_eq!(ended, None, "the node ended: {said}");
+        for word in [
+            "backend=\"default\"",
+            "cannot be reached",
+            "nothing new is run there",
+        ] {
+            assert!(said.contains(word), "`{word}` is not in:\n{said}");
+        }
     }
 
     fn bad_configuration(&self) {

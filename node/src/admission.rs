@@ -39,7 +39,9 @@ impl KrakeAdmission {
                 causes.push(Cause {
                     field: field.to_owned(),
                     message: format!(
-                        "`{value}` must be 1 to 63 lower-case letters, digits and `-`, with a letter or digit at both ends"
+                        // kubectl prints this to a terminal as it is.
+                        "`{}` must be 1 to 63 lower-case letters, digits and `-`, with a letter or digit at both ends",
+                        value.escape_debug()
                     ),
                 });
             }
@@ -47,9 +49,9 @@ impl KrakeAdmission {
         let bytes = object.to_string().len();
         if bytes > APPLICATION_BYTES_MAX {
             causes.push(Cause {
-                field: String::new(),
+                field: "spec".to_owned(),
                 message: format!(
-                    "the application has {bytes} bytes, the limit is {APPLICATION_BYTES_MAX}; split it"
+                    "the application has {bytes} bytes with its annotations, the limit is {APPLICATION_BYTES_MAX}; split it (plain kubectl apply keeps a second copy as an annotation, kubectl apply --server-side does not)"
                 ),
             });
         }

@@ -149,14 +149,14 @@ impl Api {
         let certificate =
             Certificate::load_or_create(&config.node.data_dir).with_context(|| {
                 format!(
-                    "the API's certificate in {}",
+                    "the API's certificate in {} cannot be used; remove tls.key and tls.crt there, and new ones are made",
                     config.node.data_dir.display()
                 )
             })?;
         for address in &config.api.listen {
             let listener = tokio::net::TcpListener::bind(address)
                 .await
-                .with_context(|| format!("cannot listen at {address} for the API (api.listen)"))?;
+                .with_context(|| format!("cannot listen at {address} for the API (api.listen); stop what uses it, or set another address"))?;
             let app = router(&shared, Way::Loopback);
             let (stop, certificate) = (stop.clone(), certificate.clone());
             tokio::spawn(async move {

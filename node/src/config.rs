@@ -5,6 +5,7 @@
 //! and flags are read as TOML and, where that fails, taken as text. Unknown keys are errors.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +15,17 @@ use krake_model::{Resources, SiteRecord};
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 use toml::{Table, Value};
+
+/// How krake-node ends when its configuration is not valid; as krakectl does for manifests.
+pub const EXIT_INVALID: u8 = 9;
+/// A configuration file has at most this many bytes; a wrong path may lead to anything.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+/// A line of the file that is longer is not shown in an error.
+const LINE_BYTES_MAX: usize = 240;
+/// Text about the site or the federation has at most this many bytes.
+const TEXT_BYTES_MAX: usize = 253;
+/// No wait is longer than a week.
+const DURATION_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Prefix of environment variables.
 const ENV_PREFIX: &str = "KRAKE_";
@@ -127,13 +139,27 @@ pub enum ConfigError {
         /// Why.
         source: std::io::Error,
     },
+    /// The file is not text, or more than will be read.
+    #[error("the configuration {} {problem}", path.display())]
+    NoText {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// The file is no TOML.
-    #[error("{}: {source}", path.display())]
+    #[error("{}:{line}:{column}: {problem}{}", path.display(), shown.as_ref().map(|text| format!("\n  {text}\n  {:>1$}", "^", column)).unwrap_or_default())]
     Syntax {
         /// The file.
         path: PathBuf,
-        /// Where and why.
-        source: Box<toml::de::Error>,
+        /// The line, from 1.
+        line: usize,
+        /// The column, from 1.
+        column: usize,
+        /// Why.
+        problem: String,
+        /// The line's text, unless it is long.
+        shown: Option<String>,
     },
     /// A key is not one.
     #[error("unknown key `{key}` from {origin}{}", suggestion.as_ref().map(|s| format!("; did you mean `{s}`?")).unwrap_or_default())]
@@ -146,7 +172,7 @@ pub enum ConfigError {
         suggestion: Option<String>,
     },
     /// A value does not fit its key.
-    #[error("the configuration does not fit: {0}")]
+    #[error("the configuration does not fit: {}", one_line(.0))]
     Value(Box<toml::de::Error>),
     /// A value parses but cannot be used.
     #[error("`{key}` {problem}")]
@@ -156,6 +182,16 @@ pub enum ConfigError {
         /// What is wrong and what to do.
         problem: String,
     },
+}
+
+/// The library tells the key on a line of its own, and calls an array a sequence.
+fn one_line(error: &toml::de::Error) -> String {
+    let text = error.to_string();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+    lines.join(" ").replace(
+        "expected a sequence",
+        "expected an array, such as [\"127.0.0.1:7443\"],",
+    )
 }
 
 /// The whole configuration.
@@ -457,6 +493,105 @@ impl Config {
         Ok(config)
     }
 
+    /// Checks that the federation defines the metrics whose values the site gives.
+    ///
+    /// # Errors
+    /// The first that it does not, with the likely one.
+    pub fn check_metrics(
+        &self,
+        definitions: &BTreeMap<String, krake_model::MetricDefinition>,
+    ) -> Result<(), ConfigError> {
+        match self
+            .metrics
+            .keys()
+            .find(|name| !definitions.contains_key(*name))
+        {
+            None => Ok(()),
+            Some(name) => Err(ConfigError::Invalid {
+                key: "metrics",
+                problem: format!(
+                    "has an {}",
+                    krake_placement::constraint::unknown_metric(name, definitions)
+                ),
+            }),
+        }
+    }
+
+    fn check_waits(&self) -> Result<(), ConfigError> {
+        let (defaults, limits) = (&self.defaults, &self.limits);
+        let tenth = Duration::from_millis(100);
+        let seconds = Duration::from_secs;
+        for (key, value, least) in [
+            ("defaults.detect_after", defaults.detect_after, seconds(3)),
+            ("defaults.ready_timeout", defaults.ready_timeout, seconds(1)),
+            (
+                "defaults.reschedule_interval",
+                defaults.reschedule_interval,
+                seconds(1),
+            ),
+            ("defaults.hold_for", defaults.hold_for, seconds(0)),
+            (
+                "defaults.max_metric_age",
+                defaults.max_metric_age,
+                seconds(1),
+            ),
+            ("limits.report_interval", limits.report_interval, tenth),
+            ("limits.reservation_ttl", limits.reservation_ttl, seconds(1)),
+        ] {
+            if value < least || value > DURATION_MAX {
+                return Err(ConfigError::Invalid {
+                    key,
+                    problem: format!(
+                        "is {}: it must be between {} and 7days",
+                        humantime::format_duration(value),
+                        humantime::format_duration(least)
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What is told to the whole federation must be text that can be shown.
+    fn check_texts(&self) -> Result<(), ConfigError> {
+        let location = &self.site.location;
+        for (key, text) in [
+            ("federation.name", &self.federation.name),
+            ("site.operator", &self.site.operator),
+            ("site.location.place", &location.place),
+            ("site.location.country", &location.country),
+            ("site.location.grid_zone", &location.grid_zone),
+        ] {
+            if text.len() > TEXT_BYTES_MAX || text.contains(char::is_control) {
+                return Err(ConfigError::Invalid {
+                    key,
+                    problem: format!(
+                        "must have at most {TEXT_BYTES_MAX} bytes and no control characters"
+                    ),
+                });
+            }
+        }
+        if self.federation.name.is_empty() {
+            return Err(ConfigError::Invalid {
+                key: "federation.name",
+                problem: "must not be empty".to_owned(),
+            });
+        }
+        for (key, degrees, most) in [
+            ("site.location.latitude", location.latitude, 90.0),
+            ("site.location.longitude", location.longitude, 180.0),
+        ] {
+            // Not a number is in no range.
+            if !(-most..=most).contains(&degrees) {
+                return Err(ConfigError::Invalid {
+                    key,
+                    problem: format!("is {degrees:?}: write degrees from -{most} to {most}"),
+                });
+            }
+        }
+        Ok(())
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         let invalid = |key, problem: String| Err(ConfigError::Invalid { key, problem });
         if self.site.name.is_empty() {
@@ -493,6 +628,13 @@ impl Config {
                 );
             }
         }
+        if self.peers.listen.is_empty() {
+            return invalid(
+                "peers.listen",
+                "is empty: other nodes must be able to reach this one; write [\"0.0.0.0:7444\"]"
+                    .into(),
+            );
+        }
         for address in self.peers.listen.iter().chain(&self.peers.advertise) {
             if address.parse::<std::net::SocketAddr>().is_err() {
                 return invalid(
@@ -527,6 +669,17 @@ impl Config {
         {
             return invalid("federation.shards", "must be between 1 and 1023".into());
         }
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.node.log) {
+            return invalid(
+                "node.log",
+                format!(
+                    "is `{}`, which is no filter such as info,krake_node=debug: {error}",
+                    self.node.log
+                ),
+            );
+        }
+        self.check_waits()?;
+        self.check_texts()?;
         self.capacity_limit().map(|_| ())
     }
 
@@ -597,16 +750,46 @@ pub fn is_dns_label(name: &str) -> bool {
 }
 
 fn read_file(path: &Path) -> Result<Table, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+    let read = |source| ConfigError::Read {
         path: path.to_owned(),
         source,
-    })?;
-    let table: Table = text.parse().map_err(|source| ConfigError::Syntax {
+    };
+    let no_text = |problem: String| ConfigError::NoText {
         path: path.to_owned(),
-        source: Box::new(source),
-    })?;
+        problem,
+    };
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(read)?;
+    file.take(FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(read)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(no_text(format!(
+            "has more than {FILE_BYTES_MAX} bytes; is it the right file?"
+        )));
+    }
+    let text = String::from_utf8(bytes)
+        .map_err(|_| no_text("is not UTF-8 text; is it the right file?".to_owned()))?;
+    let table: Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| syntax(path, &text, &error))?;
     check_keys(&table, "", &path.display().to_string())?;
     Ok(table)
+}
+
+/// An error of the grammar with its place.
+fn syntax(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+    let at = error.span().map_or(0, |span| span.start);
+    let before = text.get(..at).unwrap_or(text);
+    let start = before.rfind('\n').map_or(0, |at| at + 1);
+    let line = text[start..].lines().next().unwrap_or_default();
+    ConfigError::Syntax {
+        path: path.to_owned(),
+        line: before.matches('\n').count() + 1,
+        column: before[start..].chars().count() + 1,
+        problem: error.message().replace('\n', ", "),
+        shown: (line.len() <= LINE_BYTES_MAX).then(|| line.to_owned()),
+    }
 }
 
 /// Refuses keys that no entry of [`KEYS`] names, so that the message can suggest one.
@@ -641,11 +824,17 @@ fn is_leaf(key: &str) -> bool {
 }
 
 fn unknown(key: &str, origin: &str) -> ConfigError {
+    // Sections count too: a mistyped one is not near to any whole key.
+    let sections = KEYS
+        .iter()
+        .filter_map(|(known, _)| known.rsplit_once('.').map(|(section, _)| section));
     let suggestion = KEYS
         .iter()
-        .map(|(known, _)| (strsim::damerau_levenshtein(known, key), *known))
+        .map(|(known, _)| *known)
+        .chain(sections)
+        .map(|known| (strsim::damerau_levenshtein(known, key), known))
         .min()
-        .filter(|(distance, _)| *distance <= 3)
+        .filter(|(distance, known)| *distance <= (known.len() / 3).clamp(1, 3))
         .map(|(_, known)| known.to_owned());
     ConfigError::UnknownKey {
         key: key.to_owned(),
@@ -755,5 +944,57 @@ mod tests {
         );
         assert!(error(&[("site.name", "a"), ("defaults.hold_for", "soon")]).contains("duration"));
         assert!(error(&[("site.name", "a"), ("capacity.memory", "lots")]).contains("quantity"));
+        for (key, value, says) in [
+            ("defaults.detect_after", "0s", "between 3s and 7days"),
+            ("limits.report_interval", "0s", "between 100ms and 7days"),
+            ("limits.reservation_ttl", "100000h", "between 1s and 7days"),
+            ("site.location.latitude", "91", "from -90 to 90"),
+            ("site.location.longitude", "nan", "from -180 to 180"),
+            ("federation.name", "a\u{1b}[31m", "no control characters"),
+            ("peers.listen", "[]", "0.0.0.0:7444"),
+            ("api.listen", "127.0.0.1:1", "expected an array"),
+            ("node.log", "a=b=c", "no filter"),
+            ("metrics.carbon", "inf", "finite"),
+        ] {
+            let text = error(&[("site.name", "a"), (key, value)]);
+            assert!(
+                text.contains(says) && text.contains(key.split('.').next().unwrap()),
+                "{key}: {text}"
+            );
+        }
+    }
+
+    #[test]
+    fn files_that_are_no_configuration_say_where_and_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |bytes: &[u8]| {
+            let file = dir.path().join("node.toml");
+            std::fs::write(&file, bytes).unwrap();
+            Config::load(Some(&file), vec![], &[])
+                .unwrap_err()
+                .to_string()
+        };
+        let text = error(b"[site]\nname = \"a\"\nname = \"b\"\n");
+        assert!(
+            text.contains("node.toml:3:1: duplicate key\n  name = \"b\"\n  ^"),
+            "{text}"
+        );
+        assert!(error(b"[sitte]\nname = 1\n").contains("did you mean `site`?"));
+        assert!(error(&[0xff, 0xfe, 0]).contains("not UTF-8"));
+        assert!(error(&vec![b'#'; 2 << 20]).contains("1048576 bytes"));
+        let long = error(format!("[site]\nname = \"{}\n", "x".repeat(400_000)).as_bytes());
+        assert!(long.len() < 300 && long.contains("node.toml:2:"), "{long}");
+    }
+
+    #[test]
+    fn a_metric_the_federation_does_not_define_is_refused() {
+        let config = Config {
+            metrics: [("carbn".to_owned(), 5.0)].into(),
+            ..Config::default()
+        };
+        let definitions = krake_model::metric::default_definitions();
+        let text = config.check_metrics(&definitions).unwrap_err().to_string();
+        assert!(text.contains("unknown metric `carbn`"), "{text}");
+        assert!(text.contains("Did you mean `carbon`"), "{text}");
     }
 }

@@ -34,6 +34,34 @@ pub enum DataDirError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// Something else is at its path.
+    #[error("{} is not a directory; give the node a directory of its own (node.data_dir)", path.display())]
+    NotDirectory {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The key and the membership are not of the same node.
+    #[error("{} has the key of a node that the membership beside it does not name: files of two data directories were mixed; restore it whole from a backup", path.display())]
+    Mixed {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The catalog and the membership are not of the same federation.
+    #[error("{} has the catalog of another federation than its membership: files of two data directories were mixed; restore it whole from a backup", path.display())]
+    OtherCatalog {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The node joined under another name.
+    #[error("site.name is `{configured}`, but the node of the data directory {} joined as `{joined}` and a name cannot be changed; set site.name to `{joined}`, or give another node.data_dir", path.display())]
+    OtherSite {
+        /// The directory.
+        path: PathBuf,
+        /// The name in the configuration.
+        configured: String,
+        /// The name in the membership.
+        joined: String,
+    },
     /// Another process holds the lock.
     #[error("the data directory {} is in use by another krake-node; stop it first or give this one another node.data_dir", path.display())]
     Locked {
@@ -107,6 +135,11 @@ impl DataDir {
     /// # Errors
     /// When it is in use, of another format, or not accessible.
     pub fn open(path: &Path) -> Result<Self, DataDirError> {
+        if path.exists() && !path.is_dir() {
+            return Err(DataDirError::NotDirectory {
+                path: path.to_owned(),
+            });
+        }
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -140,18 +173,36 @@ impl DataDir {
         Ok(directory)
     }
 
+    /// As [`DataDir::open`], where it must exist: a mistyped path is not made.
+    ///
+    /// # Errors
+    /// As `open`, and [`DataDirError::NotMember`] where there is none.
+    pub fn open_existing(path: &Path) -> Result<Self, DataDirError> {
+        if path.join("membership").exists() || path.join("LOCK").exists() {
+            Self::open(path)
+        } else {
+            Err(DataDirError::NotMember {
+                path: path.to_owned(),
+            })
+        }
+    }
+
     fn check_format(&self) -> Result<(), DataDirError> {
         let path = self.path.join("VERSION");
-        match std::fs::read_to_string(&path) {
-            Ok(found) if found.trim() == FORMAT => Ok(()),
-            Ok(found) => Err(DataDirError::Format {
+        let Some(bytes) = self.read("VERSION")? else {
+            return self.write("VERSION", FORMAT.as_bytes());
+        };
+        let found = String::from_utf8_lossy(&bytes);
+        let found = found.trim();
+        if found == FORMAT {
+            Ok(())
+        } else if found.parse::<u32>().is_ok() {
+            Err(DataDirError::Format {
                 path: self.path.clone(),
-                found: found.trim().chars().take(20).collect(),
-            }),
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                self.write("VERSION", FORMAT.as_bytes())
-            }
-            Err(error) => Err(io("read", &path)(error)),
+                found: found.to_owned(),
+            })
+        } else {
+            Err(DataDirError::Damaged { path, source: None })
         }
     }
 
@@ -239,6 +290,28 @@ impl DataDir {
         self.membership()?.ok_or_else(|| DataDirError::NotMember {
             path: self.path.clone(),
         })
+    }
+
+    /// Checks that key, membership and configuration are of the same node.
+    ///
+    /// # Errors
+    /// [`DataDirError::Mixed`] and [`DataDirError::OtherSite`].
+    pub fn check_own(
+        &self,
+        membership: &Membership,
+        own: NodeId,
+        site: &str,
+    ) -> Result<(), DataDirError> {
+        let path = self.path.clone();
+        match membership.members.iter().find(|member| member.node == own) {
+            None => Err(DataDirError::Mixed { path }),
+            Some(member) if member.site.name != site => Err(DataDirError::OtherSite {
+                path,
+                configured: site.to_owned(),
+                joined: member.site.name.clone(),
+            }),
+            Some(_) => Ok(()),
+        }
     }
 
     /// Fails when it already belongs to a federation.
@@ -386,6 +459,29 @@ mod tests {
         assert!(matches!(
             DataDir::open(dir.path()),
             Err(DataDirError::Format { .. })
+        ));
+        for damaged in [&b""[..], b"\xff\xfe"] {
+            std::fs::write(dir.path().join("VERSION"), damaged).unwrap();
+            assert!(matches!(
+                DataDir::open(dir.path()),
+                Err(DataDirError::Damaged { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn a_mistyped_path_is_not_made_and_a_file_is_no_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("typo");
+        assert!(matches!(
+            DataDir::open_existing(&path),
+            Err(DataDirError::NotMember { .. })
+        ));
+        assert!(!path.exists());
+        std::fs::write(&path, b"a file").unwrap();
+        assert!(matches!(
+            DataDir::open(&path),
+            Err(DataDirError::NotDirectory { .. })
         ));
     }
 }

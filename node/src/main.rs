@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use krake_node::config::{Config, KEYS, LogFormat};
+use krake_node::config::{Config, ConfigError, KEYS, LogFormat};
 
 /// Many short-lived JSON documents on several threads: the system's allocator spends a tenth of a
 /// busy node's time on giving memory back and taking it again (docs/benchmarks.md).
@@ -60,6 +60,16 @@ enum ConfigCommand {
     Keys,
 }
 
+/// A token has less than a kibibyte; a wrong path may lead to anything.
+const TOKEN_BYTES_MAX: u64 = 64 * 1024;
+
+fn read_token(path: &str) -> std::io::Result<String> {
+    let mut text = String::new();
+    let file = std::fs::File::open(path)?;
+    std::io::Read::read_to_string(&mut std::io::Read::take(file, TOKEN_BYTES_MAX), &mut text)?;
+    Ok(text)
+}
+
 /// A configuration file and keys with their values.
 type Given = (Option<PathBuf>, Vec<(String, String)>);
 
@@ -101,7 +111,7 @@ fn load(file: Option<PathBuf>, flags: &[String]) -> anyhow::Result<Config> {
 
 fn start_log(config: &Config) {
     let filter = tracing_subscriber::EnvFilter::try_new(&config.node.log)
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .expect("the configuration was checked");
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
@@ -111,7 +121,11 @@ fn start_log(config: &Config) {
     }
 }
 
-#[allow(clippy::print_stdout, reason = "the program's output")]
+/// The program's output. What it tells is done already: a reader that went away changes nothing.
+fn say(text: std::fmt::Arguments<'_>) {
+    let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{text}\n"));
+}
+
 fn execute(arguments: Arguments) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(
@@ -125,21 +139,27 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
         Command::Init { flags } => {
             let config = load(arguments.config, &flags)?;
             let founded = runtime.block_on(krake_node::membership::init(&config))?;
-            println!("federation {} founded", founded.federation);
-            println!("admin token: {}", founded.token_file.display());
-            println!("next: krake-node run");
+            say(format_args!("federation {} founded", founded.federation));
+            say(format_args!(
+                "admin token: {}",
+                founded.token_file.display()
+            ));
+            say(format_args!("next: krake-node run"));
         }
         Command::Join { token, flags } => {
             let config = load(arguments.config, &flags)?;
             let token = match token.strip_prefix('@') {
-                Some(path) => std::fs::read_to_string(path).map_err(|error| {
+                Some(path) => read_token(path).map_err(|error| {
                     anyhow::anyhow!("cannot read the token from {path}: {error}")
                 })?,
                 None => token,
             };
             let name = runtime.block_on(krake_node::membership::join(&config, token.trim()))?;
-            println!("joined federation {name} as site {}", config.site.name);
-            println!("next: krake-node run");
+            say(format_args!(
+                "joined federation {name} as site {}",
+                config.site.name
+            ));
+            say(format_args!("next: krake-node run"));
         }
         Command::Run { flags } => {
             let config = load(arguments.config, &flags)?;
@@ -151,7 +171,7 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
         } => {
             let width = KEYS.iter().map(|(key, _)| key.len()).max().unwrap_or(0);
             for (key, text) in KEYS {
-                println!("{key:width$}  {text}");
+                say(format_args!("{key:width$}  {text}"));
             }
         }
     }
@@ -172,7 +192,16 @@ fn main() -> ExitCode {
                     eprintln!("  because: {text}");
                 }
             }
-            ExitCode::FAILURE
+            exit_code(&error)
         }
+    }
+}
+
+/// As krakectl's: 9 for a configuration that is not valid, 1 for everything else.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<ConfigError>() {
+        ExitCode::from(krake_node::config::EXIT_INVALID)
+    } else {
+        ExitCode::FAILURE
     }
 }

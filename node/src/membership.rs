@@ -112,11 +112,20 @@ fn objects(member: &Member) -> (Value, Value) {
     (site, node)
 }
 
+/// What stopped the catalog, such as a full disk; else what was said of the attempt.
+fn failure_of(host: &Host, error: impl Into<anyhow::Error>) -> anyhow::Error {
+    match host.failure() {
+        Some(failure) => anyhow::anyhow!("the catalog cannot be written: {failure}"),
+        None => error.into(),
+    }
+}
+
 /// Founds a federation in a fresh data directory.
 ///
 /// # Errors
 /// When the directory is in use or belongs to a federation, or cannot be written.
 pub async fn init(config: &Config) -> anyhow::Result<Founded> {
+    config.check_metrics(&krake_model::metric::default_definitions())?;
     let data = DataDir::open(&config.node.data_dir)?;
     data.require_fresh()?;
     let identity = data.identity(entropy)?;
@@ -146,7 +155,8 @@ pub async fn init(config: &Config) -> anyhow::Result<Founded> {
     )?;
     host.set_members(vec![info_of(&own, true)]).await;
     host.bootstrap(Catalog::all_groups(genesis.shard_count))
-        .await?;
+        .await
+        .map_err(|error| failure_of(&host, error))?;
     let (site, node) = objects(&own);
     let encoded = genesis.encode()?;
     let hash = json!(blake3::hash(token.as_bytes()).to_hex().as_str());
@@ -179,7 +189,8 @@ pub async fn init(config: &Config) -> anyhow::Result<Founded> {
         ),
     ];
     host.propose(GroupId::META, Command::new(operations), PATIENCE)
-        .await?;
+        .await
+        .map_err(|error| failure_of(&host, error))?;
     host.stop().await;
     let token_file = data.store_admin_token(&token)?;
     // Last: a directory without it is not a member of anything.
@@ -270,13 +281,17 @@ pub async fn join(config: &Config, token: &str) -> anyhow::Result<String> {
                 JoinReply::Admitted {
                     genesis,
                     replica,
-                    members,
+                    mut members,
                 } => {
                     let read = Genesis::decode(&genesis)?;
                     if read.federation_id()? != invitation.federation {
                         bail!(
                             "the node that answered belongs to another federation than the token"
                         );
+                    }
+                    // The node that answered may not have read back its own write yet.
+                    if !members.iter().any(|member| member.node == identity.node()) {
+                        members.push(member(config, &identity, replica));
                     }
                     data.store_membership(&Membership {
                         genesis,
@@ -327,7 +342,8 @@ impl Door {
         if invitation.federation != own {
             return Err((
                 "krake::other-federation",
-                "the token is for another federation".to_owned(),
+                "the token is for another federation; ask a member of this one for a token (krakectl token create)"
+                    .to_owned(),
             ));
         }
         let signed = JoinRequest::site_bytes(&request.site, &request.addresses)
@@ -478,9 +494,12 @@ fn check_token(token: &TokenRecord) -> Result<(), Refusal> {
     match token.state {
         TokenState::Used => Err((
             "krake::token-used",
-            "the token was used already; each admits one node (krakectl token create)".to_owned(),
+            "the token was used already and each admits one node; ask for a new one (krakectl token create)".to_owned(),
         )),
-        TokenState::Revoked => Err(("krake::token-revoked", "the token was revoked".to_owned())),
+        TokenState::Revoked => Err((
+            "krake::token-revoked",
+            "the token was revoked; ask for a new one (krakectl token create)".to_owned(),
+        )),
         TokenState::Open if accepted_until(token.expires_at) < now() => Err((
             "krake::token-expired",
             format!(
@@ -719,4 +738,37 @@ pub async fn invite(
         .propose(GroupId::META, Command::new(operations), PATIENCE)
         .await?;
     Ok((signed.to_string(), hex::encode(id), expires_at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_that_cannot_be_used_says_why_and_what_to_do() {
+        let record = |state, expires_at| TokenRecord {
+            expires_at,
+            site: None,
+            issuer: "dresden".to_owned(),
+            state,
+            used_by: None,
+        };
+        let later = now().plus_millis(1000);
+        // Clocks may differ by what `accepted_until` adds.
+        assert_eq!(check_token(&record(TokenState::Open, later)), Ok(()));
+        assert_eq!(check_token(&record(TokenState::Open, now())), Ok(()));
+        for (state, expires_at, code) in [
+            (TokenState::Used, later, "krake::token-used"),
+            (TokenState::Revoked, later, "krake::token-revoked"),
+            (
+                TokenState::Open,
+                Timestamp::from_millis(1),
+                "krake::token-expired",
+            ),
+        ] {
+            let (found, message) = check_token(&record(state, expires_at)).unwrap_err();
+            assert_eq!(found, code);
+            assert!(message.contains("krakectl token create"), "{message}");
+        }
+    }
 }

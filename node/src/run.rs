@@ -9,6 +9,7 @@ use krake_driver::{Backend, Inventory};
 use krake_gossip::{Network, NetworkConfig};
 use krake_k8s_driver::KubernetesBackend;
 use krake_kube_api::{FieldValidation, Registry, Service};
+use krake_model::GroupId;
 use krake_placement::spec::Defaults;
 use parking_lot::Mutex;
 use serde_json::json;
@@ -19,11 +20,12 @@ use crate::admission::KrakeAdmission;
 use crate::api::{Api, ApiParts};
 use crate::catalog::Catalog;
 use crate::config::{BackendConfig, Config};
-use crate::datadir::{DataDir, Membership};
+use crate::datadir::{DataDir, DataDirError, Membership};
 use crate::federation::{Federation, now};
 use crate::membership::{self, Door};
 use crate::net::{NetworkTransport, NodeHandler, Parts};
 use crate::owner::controller::Owner;
+use crate::records;
 use crate::site::agent::{Agent, SiteBackend};
 use crate::site::ledger::Ledger;
 use crate::site::report::Reporter;
@@ -52,13 +54,35 @@ async fn open_backend(config: &BackendConfig) -> anyhow::Result<Arc<SiteBackend>
         denied_kinds: config.denied_kinds.clone(),
     })
     .await
-    .with_context(|| format!("backend `{}`", config.name))?;
+    .with_context(|| {
+        format!(
+            "the backend `{}` cannot be used; see its kubeconfig and context under `backends` in the configuration",
+            config.name
+        )
+    })?;
     Ok(Arc::new(SiteBackend {
         name: config.name.clone(),
         driver: Arc::new(driver) as Arc<dyn Backend>,
         inventory: Mutex::new(Err::<Inventory, _>("it has not been asked yet".to_owned())),
         reservations: Mutex::default(),
     }))
+}
+
+/// A catalog that has replayed a genesis must have that of the membership; a new one has none yet.
+fn check_catalog(
+    host: &krake_consensus::Host,
+    data: &DataDir,
+    stored: &Membership,
+) -> Result<(), DataDirError> {
+    let found = host
+        .get(GroupId::META, records::GENESIS)
+        .and_then(|entry| crate::catalog::parse::<String>(records::GENESIS, &entry));
+    if found.is_some_and(|found| found != hex::encode(&stored.genesis)) {
+        return Err(DataDirError::OtherCatalog {
+            path: data.path().to_owned(),
+        });
+    }
+    Ok(())
 }
 
 fn peer_addresses(config: &Config) -> anyhow::Result<Vec<SocketAddr>> {
@@ -79,9 +103,11 @@ fn peer_addresses(config: &Config) -> anyhow::Result<Vec<SocketAddr>> {
 /// # Errors
 /// When it cannot start, or its catalog fails.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    let data = Arc::new(DataDir::open(&config.node.data_dir)?);
+    let data = Arc::new(DataDir::open_existing(&config.node.data_dir)?);
     let (stored, genesis) = data.require_membership()?;
     let identity = Arc::new(data.identity(rand::random)?);
+    data.check_own(&stored, identity.node(), &config.site.name)?;
+    config.check_metrics(&genesis.metrics)?;
     let boot = data.next_boot()?;
     // Before anything is acknowledged to anybody: ports that are taken, kubeconfigs that are wrong.
     let mut backends = Vec::new();
@@ -110,7 +136,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         ),
         transport,
         now,
-    )?;
+    )
+    .with_context(|| {
+        format!(
+            "the catalog in {} cannot be used; restore the data directory from a backup, or remove it and join again (krakectl token create)",
+            data.path().display()
+        )
+    })?;
+    check_catalog(&host, &data, &stored)?;
     let federation = Federation {
         catalog: Catalog::new(host.clone(), &genesis),
         network,

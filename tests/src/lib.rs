@@ -8,4 +8,4 @@
 pub mod contract;
 pub mod testnet;
 
-pub use testnet::{Site, Testnet, kubectls, wait_for};
+pub use testnet::{Site, Testnet, kubectls, program, wait_for};

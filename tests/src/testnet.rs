@@ -61,6 +61,11 @@ fn programs() -> &'static Path {
     })
 }
 
+/// One of the built programs.
+pub fn program(name: &str) -> PathBuf {
+    programs().join(name)
+}
+
 /// The text of a program's output, for messages.
 fn text(output: &Output) -> String {
     format!(

@@ -93,6 +93,24 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
+    /// Opens the file and reads every group's log. The library panics on pages that make no sense;
+    /// for the operator a damaged file is an error like others.
+    pub(crate) fn open_and_load(
+        path: &Path,
+    ) -> Result<(Self, Vec<(GroupId, GroupLog)>), DiskError> {
+        std::panic::catch_unwind(|| {
+            let disk = Self::open(path)?;
+            let groups = disk.load()?;
+            Ok((disk, groups))
+        })
+        .unwrap_or_else(|_| {
+            Err(DiskError::Open {
+                path: path.display().to_string(),
+                reason: "it is damaged: its contents make no sense".to_owned(),
+            })
+        })
+    }
+
     pub(crate) fn open(path: &Path) -> Result<Self, DiskError> {
         let open = |reason: String| DiskError::Open {
             path: path.display().to_string(),

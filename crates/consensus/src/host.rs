@@ -132,7 +132,7 @@ impl Host {
         transport: Arc<dyn Transport>,
         clock: impl Fn() -> Timestamp + Send + 'static,
     ) -> Result<Self, DiskError> {
-        let disk = Disk::open(&config.path)?;
+        let (disk, groups) = Disk::open_and_load(&config.path)?;
         let mut seed = [0_u8; 8];
         seed.copy_from_slice(&config.node.as_bytes()[..8]);
         let settings = Settings {
@@ -144,7 +144,7 @@ impl Host {
             compact_entries: config.compact_entries,
             compact_bytes: 8 * 1024 * 1024,
         };
-        let core = Core::new(settings, disk.load()?).map_err(DiskError::Io)?;
+        let core = Core::new(settings, groups).map_err(DiskError::Io)?;
         let (inputs, receiver) = sync_channel(INPUTS_MAX);
         let (batches, _) = broadcast::channel(WATCH_BACKLOG);
         let (status_sender, status) = watch::channel(BTreeMap::new());

@@ -63,7 +63,9 @@ pub struct NetworkConfig {
 #[derive(Debug, Error)]
 pub enum NetworkError {
     /// An address cannot be listened at.
-    #[error("cannot listen at {address} for other nodes: {reason}")]
+    #[error(
+        "cannot listen at {address} for other nodes (peers.listen): {reason}; stop what uses it, or set another address"
+    )]
     Listen {
         /// Which.
         address: SocketAddr,
@@ -567,7 +569,7 @@ async fn listen(
             };
             let listener = swarm
                 .listen_on(multiaddr)
-                .map_err(|error| failed(error.to_string()))?;
+                .map_err(|error| failed(innermost(&error)))?;
             loop {
                 match swarm.select_next_some().await {
                     SwarmEvent::NewListenAddr {
@@ -584,8 +586,10 @@ async fn listen(
                         reason,
                         ..
                     } if listener_id == listener => {
-                        let reason = reason.err().map_or_else(String::new, |e| e.to_string());
-                        return Err(failed(reason));
+                        let reason = reason.err().map(|error| innermost(&error));
+                        return Err(failed(
+                            reason.unwrap_or_else(|| "the listener was closed".to_owned()),
+                        ));
                     }
                     _ => {}
                 }
@@ -593,6 +597,21 @@ async fn listen(
         }
     }
     Ok(())
+}
+
+/// The innermost cause: transports wrap the system's error in others whose texts are empty.
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    loop {
+        let inner = error
+            .source()
+            // An error of IO may hold another one without calling it its source.
+            .or_else(|| Some(error.downcast_ref::<std::io::Error>()?.get_ref()? as _));
+        match inner {
+            Some(inner) => error = inner,
+            None => return error.to_string(),
+        }
+    }
 }
 
 async fn write_frames(

@@ -6,6 +6,7 @@
 
 mod discovery;
 pub mod error;
+mod json;
 pub mod kinds;
 pub mod managed;
 pub mod schema;

@@ -30,6 +30,47 @@ pub fn prune_unknown(schema: &Value, object: &mut Value) -> Vec<Cause> {
     unknown
 }
 
+/// Removes the fields of `metadata` that `ObjectMeta` does not have and returns them.
+pub fn prune_metadata(object: &mut Value) -> Vec<Cause> {
+    const KNOWN: [&str; 15] = [
+        "annotations",
+        "creationTimestamp",
+        "deletionGracePeriodSeconds",
+        "deletionTimestamp",
+        "finalizers",
+        "generateName",
+        "generation",
+        "labels",
+        "managedFields",
+        "name",
+        "namespace",
+        "ownerReferences",
+        "resourceVersion",
+        "selfLink",
+        "uid",
+    ];
+    let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) else {
+        return Vec::new();
+    };
+    let unknown: Vec<String> = metadata
+        .keys()
+        .filter(|key| !KNOWN.contains(&key.as_str()))
+        .cloned()
+        .collect();
+    let properties: Map<String, Value> = KNOWN
+        .map(|key| (key.to_owned(), Value::Null))
+        .into_iter()
+        .collect();
+    let schema = serde_json::json!({"properties": properties});
+    unknown
+        .iter()
+        .map(|key| {
+            metadata.remove(key);
+            unknown_field(&schema, "metadata", key)
+        })
+        .collect()
+}
+
 pub(crate) fn property<'a>(schema: &'a Value, key: &str) -> Option<&'a Value> {
     schema
         .get("properties")
@@ -331,6 +372,15 @@ mod tests {
         assert!(unknown[1].message.contains("did you mean `size`?"));
         assert_eq!(object["spec"]["free"]["deep"]["er"], 1);
         assert!(object["spec"].get("sise").is_none());
+    }
+
+    #[test]
+    fn unknown_metadata_is_found_with_the_likely_one() {
+        let mut object = json!({"metadata": {"name": "a", "lables": {}}});
+        let unknown = prune_metadata(&mut object);
+        assert_eq!(unknown[0].field, "metadata.lables");
+        assert!(unknown[0].message.contains("did you mean `labels`?"));
+        assert_eq!(object, json!({"metadata": {"name": "a"}}));
     }
 
     #[test]

@@ -844,9 +844,32 @@ pub fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
         return Ok(Value::Null);
     }
     if text.trim_start().starts_with(['{', '[']) {
-        return serde_json::from_str(text)
+        return crate::json::parse(text)
             .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")));
     }
-    serde_saphyr::from_str(text)
-        .map_err(|error| ApiError::bad_request(format!("the body is not YAML: {error}")))
+    serde_saphyr::from_str(text).map_err(|error| {
+        let mut inner = error.without_snippet();
+        while let serde_saphyr::Error::AliasError { error, .. } = inner {
+            inner = error.without_snippet();
+        }
+        let text = match (inner, error.location()) {
+            (serde_saphyr::Error::MultipleDocuments { .. }, Some(place)) => format!(
+                "line {} begins a second document, a request is for one object",
+                place.line()
+            ),
+            (serde_saphyr::Error::DuplicateMappingKey { key, .. }, Some(place)) => format!(
+                "line {} column {} repeats the key `{}`",
+                place.line(),
+                place.column(),
+                key.as_deref().unwrap_or_default()
+            ),
+            (serde_saphyr::Error::Budget { .. }, Some(place)) => format!(
+                "line {} column {} is nested too deeply, or is too much with its aliases expanded",
+                place.line(),
+                place.column()
+            ),
+            _ => error.to_string(),
+        };
+        ApiError::bad_request(format!("the body is not YAML: {text}"))
+    })
 }

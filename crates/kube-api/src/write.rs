@@ -118,6 +118,9 @@ async fn prepare_new(
     Ok((object, warnings))
 }
 
+/// So many wrong places are told; an object full of nonsense is not answered with megabytes.
+const CAUSES_MAX: usize = 20;
+
 fn check_type(kind: &Kind, object: &Value) -> Result<(), ApiError> {
     if !object.is_object() {
         return Err(ApiError::bad_request("the body is not an object"));
@@ -127,6 +130,13 @@ fn check_type(kind: &Kind, object: &Value) -> Result<(), ApiError> {
         ("kind", kind.kind.clone()),
     ] {
         let found = object.get(field).and_then(Value::as_str);
+        // As the API server does it: the path stands in for its own kinds only.
+        let own = !kind.group.contains('.') || kind.group.ends_with(".k8s.io");
+        if found.is_none() && !own {
+            return Err(ApiError::bad_request(format!(
+                "the body has no {field}: write `{field}: {wanted}`"
+            )));
+        }
         if found.is_some_and(|found| found != wanted) {
             return Err(ApiError::bad_request(format!(
                 "the body has {field} `{}`, the path is for `{wanted}`",
@@ -206,13 +216,23 @@ fn check_fields(
     let Some(wanted) = &kind.schema else {
         return Ok(Vec::new());
     };
-    let unknown = schema::prune_unknown(wanted, object);
+    let mut unknown = schema::prune_unknown(wanted, object);
+    unknown.extend(schema::prune_metadata(object));
     match mode {
         FieldValidation::Ignore => Ok(Vec::new()),
         FieldValidation::Warn => Ok(unknown),
         FieldValidation::Strict if unknown.is_empty() => Ok(unknown),
         FieldValidation::Strict => {
-            let list: Vec<&str> = unknown.iter().map(|c| c.message.as_str()).collect();
+            let more = unknown.len().saturating_sub(CAUSES_MAX);
+            let mut list: Vec<&str> = unknown
+                .iter()
+                .take(CAUSES_MAX)
+                .map(|c| c.message.as_str())
+                .collect();
+            let more = format!("and {more} more");
+            if unknown.len() > CAUSES_MAX {
+                list.push(&more);
+            }
             let mut error = ApiError::bad_request(format!(
                 "{} in version \"{}\" cannot be handled as a {}: strict decoding error: {}",
                 kind.kind,
@@ -220,7 +240,8 @@ fn check_fields(
                 kind.kind,
                 list.join(", ")
             ));
-            error.causes.clone_from(&unknown);
+            error.causes = unknown;
+            error.causes.truncate(CAUSES_MAX);
             Err(error)
         }
     }
@@ -233,6 +254,14 @@ fn validate(kind: &Kind, object: &Value) -> Result<(), ApiError> {
     }
     if causes.is_empty() {
         return Ok(());
+    }
+    let more = causes.len().saturating_sub(CAUSES_MAX);
+    causes.truncate(CAUSES_MAX);
+    if more > 0 {
+        causes.push(Cause {
+            field: String::new(),
+            message: format!("and {more} more places are wrong"),
+        });
     }
     let name = text(object, "/metadata/name").unwrap_or_default();
     Err(ApiError::invalid(&kind.group, &kind.kind, name, causes))

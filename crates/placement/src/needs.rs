@@ -18,7 +18,7 @@ pub struct Needs {
 /// not asked of the site.
 ///
 /// # Errors
-/// A request that is no quantity, as `(path, message)`.
+/// A request that is no quantity, or a number of pods that is none, as `(path, message)`.
 pub fn needs_of(manifests: &[Value]) -> Result<Needs, Vec<(String, String)>> {
     let mut needs = Needs::default();
     let mut errors = Vec::new();
@@ -80,22 +80,29 @@ fn workload(manifest: &Value, path: &str) -> Result<Resources, Problem> {
         .get("apiVersion")
         .and_then(Value::as_str)
         .unwrap_or("");
-    let count = |pointer: &str| {
-        manifest
-            .pointer(pointer)
-            .and_then(Value::as_u64)
-            .unwrap_or(1)
+    // Kubernetes keeps these numbers in 32 bits.
+    let count = |pointer: &str| match manifest.pointer(pointer) {
+        None | Some(Value::Null) => Ok(1),
+        Some(value) => value
+            .as_u64()
+            .filter(|count| i32::try_from(*count).is_ok())
+            .ok_or_else(|| {
+                let mut shown = value.to_string();
+                shown.truncate(shown.floor_char_boundary(40));
+                let message = format!("`{shown}` is not a number of pods: write 0 to {}", i32::MAX);
+                (format!("{path}{}", pointer.replace('/', ".")), message)
+            }),
     };
     let (pointer, copies) = match (api, kind) {
         ("v1", "Pod") => ("/spec", 1),
         ("apps/v1", "Deployment" | "StatefulSet" | "ReplicaSet")
-        | ("v1", "ReplicationController") => ("/spec/template/spec", count("/spec/replicas")),
+        | ("v1", "ReplicationController") => ("/spec/template/spec", count("/spec/replicas")?),
         // One per node: at least one.
         ("apps/v1", "DaemonSet") => ("/spec/template/spec", 1),
-        ("batch/v1", "Job") => ("/spec/template/spec", count("/spec/parallelism")),
+        ("batch/v1", "Job") => ("/spec/template/spec", count("/spec/parallelism")?),
         ("batch/v1", "CronJob") => (
             "/spec/jobTemplate/spec/template/spec",
-            count("/spec/jobTemplate/spec/parallelism"),
+            count("/spec/jobTemplate/spec/parallelism")?,
         ),
         _ => return Ok(Resources::ZERO),
     };
@@ -190,6 +197,21 @@ mod tests {
             errors[0].0,
             "spec.source.manifests[0].spec.containers[0].resources.requests.cpu"
         );
+    }
+
+    #[test]
+    fn a_number_of_pods_that_is_none_is_named_with_its_path() {
+        for replicas in [
+            json!(-5),
+            json!(1e23),
+            json!("3"),
+            json!(2.5),
+            json!(1_u64 << 31),
+        ] {
+            let errors = needs_of(&[json!({"apiVersion": "apps/v1", "kind": "Deployment", "spec": {"replicas": replicas}})])
+                .unwrap_err();
+            assert_eq!(errors[0].0, "spec.source.manifests[0].spec.replicas");
+        }
     }
 
     #[test]

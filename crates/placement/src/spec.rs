@@ -14,6 +14,10 @@ use crate::needs::{self, Needs};
 pub const MANIFESTS_MAX: usize = 200;
 /// and they have at most this many bytes as JSON.
 pub const MANIFEST_BYTES_MAX: usize = 1024 * 1024;
+/// Constraints of one application: each is evaluated for each site at each decision.
+pub const REQUIRE_MAX: usize = 100;
+/// An application that is wrong in more places than this is shown only the first of them.
+pub const ERRORS_MAX: usize = 20;
 /// Durations are at most a week.
 const DURATION_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -135,7 +139,16 @@ pub fn validate(
     let migration = spec.migration.clone().unwrap_or_default();
     let failover = spec.failover.clone().unwrap_or_default();
     let mut require = Vec::new();
-    for (index, text) in placement.require.iter().enumerate() {
+    if placement.require.len() > REQUIRE_MAX {
+        check.error(
+            "spec.placement.require",
+            format!(
+                "an application has at most {REQUIRE_MAX} constraints, not {}; write `LABEL in (X, Y)` for several values of one label",
+                placement.require.len()
+            ),
+        );
+    }
+    for (index, text) in placement.require.iter().take(REQUIRE_MAX).enumerate() {
         match constraint::parse(text, definitions) {
             Ok(constraint) => require.push(constraint),
             Err(error) => check.error(
@@ -185,12 +198,56 @@ pub fn validate(
     if check.errors.is_empty() {
         Ok((policy, needs))
     } else {
-        Err(check.errors)
+        Err(shortened(check.errors))
     }
+}
+
+/// The first errors, and how many more there are: a program that writes nonsense must not get
+/// megabytes back.
+fn shortened(mut errors: Vec<FieldError>) -> Vec<FieldError> {
+    let more = errors.len().saturating_sub(ERRORS_MAX);
+    errors.truncate(ERRORS_MAX);
+    if more > 0 {
+        errors.push(FieldError {
+            path: "spec".to_owned(),
+            message: format!("{more} more places are wrong; mend these first"),
+        });
+    }
+    errors
+}
+
+/// Whether Kubernetes takes `name` for an object of `group`: a DNS-1123 subdomain (RFC 1123 §2.1),
+/// or, for the objects of access control, anything that can stand in a path.
+fn is_object_name(group: &str, name: &str) -> bool {
+    if name.len() > 253 {
+        return false;
+    }
+    if group == "rbac.authorization.k8s.io" {
+        let odd = |c: char| c.is_control() || c == '/' || c == '%';
+        return !matches!(name, "." | "..") && !name.contains(odd);
+    }
+    let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    name.split('.').all(|label| {
+        !label.is_empty()
+            && label.chars().all(inner)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    })
 }
 
 struct Check {
     errors: Vec<FieldError>,
+}
+
+const fn kind_of_value(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "a map",
+    }
 }
 
 impl Check {
@@ -246,7 +303,8 @@ impl Check {
             } else if !(0.0..=1e6).contains(weight) {
                 self.error(
                     path,
-                    format!("the weight {weight} must be between 0 and 1000000"),
+                    // `{:?}` writes 1e308 so, and not with 308 zeros.
+                    format!("the weight {weight:?} must be between 0 and 1000000"),
                 );
             }
         }
@@ -315,10 +373,32 @@ impl Check {
                 .unwrap_or("")
         };
         let (api, kind, name) = (text("/apiVersion"), text("/kind"), text("/metadata/name"));
-        for (field, value) in [("apiVersion", api), ("kind", kind), ("metadata.name", name)] {
-            if value.is_empty() {
-                self.error(format!("{path}.{field}"), "is required");
+        for (field, pointer, example) in [
+            ("apiVersion", "/apiVersion", "apiVersion: apps/v1"),
+            ("kind", "/kind", "kind: Deployment"),
+            ("metadata.name", "/metadata/name", "metadata: {name: web}"),
+        ] {
+            let field_path = format!("{path}.{field}");
+            match manifest.pointer(pointer) {
+                Some(Value::String(text)) if !text.is_empty() => {}
+                None | Some(Value::Null | Value::String(_)) => {
+                    self.error(field_path, format!("is required, such as `{example}`"))
+                }
+                Some(other) => self.error(
+                    field_path,
+                    format!(
+                        "must be a text, not {}; put it in quotes",
+                        kind_of_value(other)
+                    ),
+                ),
             }
+        }
+        let group = api.split_once('/').map_or("", |(group, _)| group);
+        if !name.is_empty() && !is_object_name(group, name) {
+            self.error(
+                format!("{path}.metadata.name"),
+                "must be a name that Kubernetes takes: 1 to 253 lower-case letters, digits, `-` and `.`, with a letter or digit at both ends",
+            );
         }
         if let Some(other) = manifest.pointer("/metadata/namespace")
             && other.as_str() != Some(namespace)
@@ -331,7 +411,7 @@ impl Check {
         if is_cluster_scoped(api, kind) {
             self.error(
                 path,
-                format!("{kind} belongs to a whole cluster; an application brings only objects in its namespace"),
+                format!("{kind} belongs to a whole cluster; an application brings only objects in its namespace. Leave it out, and let the operators of the sites create it"),
             );
         }
         if kind.ends_with("List") && manifest.get("items").is_some() {
@@ -340,9 +420,11 @@ impl Check {
                 "a list is not one object; write its items as manifests",
             );
         }
-        let group = api.split_once('/').map_or("", |(group, _)| group);
         if !name.is_empty() && !seen.insert((format!("{group}/{kind}"), name.to_owned())) {
-            self.error(path, format!("{kind} `{name}` appears twice"));
+            self.error(
+                path,
+                format!("{kind} `{name}` appears twice; leave one out, or rename it"),
+            );
         }
     }
 }
@@ -418,5 +500,47 @@ mod tests {
         ] {
             assert!(paths.contains(path), "{path} in {found:#?}");
         }
+    }
+
+    #[test]
+    fn names_that_kubernetes_would_refuse_are_refused() {
+        let named = |api: &str, name: Value| {
+            let manifest = json!({"apiVersion": api, "kind": "Any", "metadata": {"name": name}});
+            errors(json!({"source": {"manifests": [manifest]}}))
+        };
+        let rbac = "rbac.authorization.k8s.io/v1";
+        for (api, name) in [("v1", "a.b-c.9"), (rbac, "system:Node")] {
+            assert_eq!(named(api, name.into()), [], "{name}");
+        }
+        for (api, name) in [
+            ("v1", json!("Settings")),
+            ("v1", json!("a\u{1b}[31m")),
+            ("v1", json!("a..b")),
+            ("v1", json!("-a")),
+            ("v1", json!("a".repeat(254))),
+            ("v1", json!(5)),
+            (rbac, json!("a/b")),
+            (rbac, json!("..")),
+        ] {
+            let found = named(api, name.clone());
+            assert_eq!(found.len(), 1, "{name}: {found:?}");
+            assert_eq!(found[0].path, "spec.source.manifests[0].metadata.name");
+        }
+    }
+
+    #[test]
+    fn the_list_of_errors_and_of_constraints_is_bounded() {
+        let found = errors(json!({"source": {"manifests": vec![json!({}); 20_000]}}));
+        assert_eq!(found.len(), ERRORS_MAX + 1);
+        assert!(
+            found[ERRORS_MAX].message.contains("59981 more"),
+            "{found:?}"
+        );
+        let found = errors(json!({
+            "source": {"manifests": [manifest("a")]},
+            "placement": {"require": vec!["carbon < 5"; REQUIRE_MAX + 1]},
+        }));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].message.contains("not 101"), "{found:?}");
     }
 }

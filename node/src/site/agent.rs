@@ -349,6 +349,9 @@ impl Agent {
                 let mut known = backend.inventory.lock();
                 let read = read.map_err(|error| error.message);
                 let news = *known != read;
+                if let (true, Err(error)) = (news, &read) {
+                    warn!(backend = backend.name, %error, "the site's backend does not answer; nothing new is run there until it does");
+                }
                 *known = read;
                 news
             };

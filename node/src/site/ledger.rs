@@ -32,6 +32,14 @@ pub enum LedgerError {
         /// Why.
         source: Box<redb::Error>,
     },
+    /// Its pages make no sense.
+    #[error(
+        "the site's ledger {path} is damaged; restore it from a backup or remove it (the node then fetches its assignments again)"
+    )]
+    Damage {
+        /// The file.
+        path: String,
+    },
     /// A record is damaged.
     #[error("the site's ledger has a damaged record for {uid}")]
     Damaged {
@@ -67,6 +75,15 @@ impl Ledger {
     /// # Errors
     /// When it is damaged or cannot be opened.
     pub fn open(path: &Path) -> Result<Self, LedgerError> {
+        // The library panics on pages that make no sense.
+        std::panic::catch_unwind(|| Self::try_open(path)).unwrap_or_else(|_| {
+            Err(LedgerError::Damage {
+                path: path.display().to_string(),
+            })
+        })
+    }
+
+    fn try_open(path: &Path) -> Result<Self, LedgerError> {
         let store = |source: redb::Error| LedgerError::Store {
             path: path.display().to_string(),
             source: Box::new(source),

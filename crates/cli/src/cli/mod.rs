@@ -69,8 +69,12 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => Exit::Done.into(),
         Err(failure) => {
-            for report in &failure.reports {
+            let (shown, more) = failure.shown();
+            for report in shown {
                 ui.report(report);
+            }
+            if more > 0 {
+                ui.note(&format!("and {more} more errors; mend these first"));
             }
             failure.exit.into()
         }

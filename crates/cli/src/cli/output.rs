@@ -103,7 +103,7 @@ impl Grid {
         for row in rows {
             table.add_row(row.iter().map(|cell| {
                 // A cell is one line, whatever a message contains.
-                cell.replace(|c: char| c.is_control(), " ")
+                cell.replace(super::report::is_unseen, " ")
             }));
         }
         let content = table.column_max_content_widths();

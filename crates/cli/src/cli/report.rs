@@ -16,6 +16,9 @@ use crate::context::ContextError;
 
 /// Lines longer than this are not shown; the place is named instead.
 const LINE_BYTES_MAX: usize = 240;
+/// So many errors are shown at once, a little more than one document may have; whoever mends them
+/// sees the others then.
+const REPORTS_MAX: usize = 25;
 
 /// One error.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,6 +85,49 @@ impl Failure {
             reports,
         }
     }
+
+    /// The errors that are shown, and how many more there are.
+    pub fn shown(&self) -> (&[Report], usize) {
+        let shown = &self.reports[..self.reports.len().min(REPORTS_MAX)];
+        (shown, self.reports.len() - shown.len())
+    }
+}
+
+/// Whether a terminal would obey `c` rather than show it: control characters, and those that turn
+/// the direction of what follows (Unicode TR 36 §2.12).
+pub fn is_unseen(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// Names and values come from files and from other people's objects: what a terminal would obey
+/// is written out.
+fn visible(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_unseen(c) && c != '\n' {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
+/// The same for a text in which places are counted in bytes: each such character is replaced by
+/// others of its length.
+fn visible_in_place(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' | '\t' => shown.push(c),
+            _ if !is_unseen(c) => shown.push(c),
+            '\r' => shown.push(' '),
+            _ if c.len_utf8() == 3 => shown.push(char::REPLACEMENT_CHARACTER),
+            _ => shown.extend(std::iter::repeat_n('?', c.len_utf8())),
+        }
+    }
+    shown
 }
 
 impl From<Report> for Failure {
@@ -165,7 +211,8 @@ impl Report {
                 text.to_owned()
             }
         };
-        let mut lines = self.message.lines();
+        let message = visible(&self.message);
+        let mut lines = message.lines();
         let mut text = format!(
             "{} {}  {}\n",
             paint(AnsiColor::Red.on_default().bold(), "error:"),
@@ -179,11 +226,11 @@ impl Report {
             text.push_str(&snippet.render(look));
         }
         for note in &self.notes {
-            let _ = writeln!(text, "  {note}");
+            let _ = writeln!(text, "  {}", visible(note));
         }
         for help in &self.help {
             let word = paint(AnsiColor::Cyan.on_default(), "help:");
-            let _ = writeln!(text, "  {word} {help}");
+            let _ = writeln!(text, "  {word} {}", visible(help));
         }
         text
     }
@@ -215,16 +262,16 @@ impl Snippet {
         if self.has_long_lines() {
             let mut text = format!("  at {}\n", self.place());
             for (_, label) in self.labels.iter().filter(|(_, label)| !label.is_empty()) {
-                let _ = writeln!(text, "  {label}");
+                let _ = writeln!(text, "  {}", visible(label));
             }
             return text;
         }
         let labels = self.labels.iter().map(|(range, label)| {
-            let text = (!label.is_empty()).then(|| label.clone());
+            let text = (!label.is_empty()).then(|| visible(label));
             LabeledSpan::new(text, range.start, range.len())
         });
         let diagnostic = MietteDiagnostic::new(String::new()).with_labels(labels);
-        let source = NamedSource::new(&self.name, self.text.to_string());
+        let source = NamedSource::new(visible(&self.name), visible_in_place(&self.text));
         let report = miette::Report::new(diagnostic).with_source_code(source);
         let theme = GraphicalTheme {
             characters: if look.unicode {
@@ -322,6 +369,8 @@ impl From<ClientError> for Report {
             }
             ClientError::Unknown { .. } => Self::new(Exit::Failed, "unknown-outcome", message)
                 .help("look whether it was done before you do it again"),
+            ClientError::PathTooLong { .. } => Self::new(Exit::Invalid, "name-too-long", message)
+                .help("a name has at most 253 characters"),
             ClientError::Refused(refusal) => Self::from(*refusal),
             ClientError::Answer { source, .. } => Self::new(Exit::Failed, "answer", message)
                 .note(source.to_string())

@@ -39,6 +39,12 @@ pub enum ClientError {
         /// Why there was no answer.
         reason: String,
     },
+    /// No node would take a request with such a path.
+    #[error("the names in the request have {bytes} bytes together, which no node takes")]
+    PathTooLong {
+        /// Its length.
+        bytes: usize,
+    },
     /// A node said no.
     #[error("{0}")]
     Refused(Box<Refusal>),

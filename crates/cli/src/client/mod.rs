@@ -45,6 +45,8 @@ const PATIENCE: Duration = Duration::from_secs(4);
 const ROUND_PAUSE: Duration = Duration::from_millis(500);
 /// An answer has at most this many bytes.
 const ANSWER_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// HTTP libraries take paths up to 64 KiB; names are far shorter.
+const PATH_BYTES_MAX: usize = 16 * 1024;
 
 /// Asks for JSON.
 pub const ACCEPT_JSON: &str = "application/json";
@@ -518,6 +520,11 @@ impl Client {
 
     /// Tries every node once.
     async fn round(&self, request: &Request, deadline: Instant) -> Result<Round, ClientError> {
+        if request.path.len() > PATH_BYTES_MAX {
+            return Err(ClientError::PathTooLong {
+                bytes: request.path.len(),
+            });
+        }
         let first = self.current();
         let (mut tried, mut busy, mut late) = (Vec::new(), None, false);
         for step in 0..self.inner.servers.len() {

@@ -69,6 +69,31 @@ const SPEC: Shape = Fields(&[
     ),
 ]);
 
+/// Fields of `metadata` (Kubernetes' `ObjectMeta`).
+const METADATA: [&str; 15] = [
+    "name",
+    "namespace",
+    "labels",
+    "annotations",
+    "generateName",
+    "finalizers",
+    "ownerReferences",
+    "managedFields",
+    "uid",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+    "generation",
+    "resourceVersion",
+    "selfLink",
+];
+
+/// A node takes no longer names, and a path with one could not even be asked for.
+const NAME_BYTES_MAX: usize = 253;
+
+/// Unknown fields and wrong types that are looked up in the text; the rest is only counted.
+const FINDINGS_MAX: usize = 20;
+
 /// Top level fields of every object.
 const TOP: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
 
@@ -219,7 +244,23 @@ fn check_one(document: &mut Document, namespace: &str, fixed: bool, reports: &mu
         reports.push(report.help("write `kind: Application`"));
         return;
     }
-    if document.name().is_empty() {
+    let named = document.object.pointer("/metadata/name");
+    if named.is_some_and(|name| !name.is_string() && !name.is_null()) {
+        let report = error(
+            "wrong-type",
+            format!("the name of the {kind} must be a text"),
+        );
+        let report = document.point(report, "metadata.name", "put it in quotes");
+        reports.push(report);
+    } else if document.name().len() > NAME_BYTES_MAX {
+        let message = format!(
+            "the name of the {kind} has {} characters, the limit is {NAME_BYTES_MAX}",
+            document.name().len()
+        );
+        // Without it: what else is wrong would repeat the whole name.
+        reports.push(document.point(error("invalid", message), "metadata.name", "shorten it"));
+        return;
+    } else if document.name().is_empty() {
         let report = error("no-name", format!("the {kind} has no name"));
         let report = document.point(report, "metadata", "`metadata.name` is missing");
         reports.push(report.help("write `metadata: {name: shop}`"));
@@ -251,6 +292,8 @@ fn check_one(document: &mut Document, namespace: &str, fixed: bool, reports: &mu
     if findings.is_empty() {
         check_spec(document, reports);
     }
+    let more = findings.len().saturating_sub(FINDINGS_MAX);
+    findings.truncate(FINDINGS_MAX);
     for finding in findings {
         let message = format!("{} in {}", finding.message, title(document));
         let report = error(finding.slug, message);
@@ -260,6 +303,10 @@ fn check_one(document: &mut Document, namespace: &str, fixed: bool, reports: &mu
         };
         let report = Report { snippet, ..report };
         reports.push(report);
+    }
+    if more > 0 {
+        let message = format!("{more} more places of {} are wrong", title(document));
+        reports.push(error("invalid", message).help("mend the others first"));
     }
     let bytes = document.object.to_string().len();
     if bytes > APPLICATION_BYTES_MAX {
@@ -280,6 +327,15 @@ fn check_top(root: &Node, findings: &mut Vec<Finding>) {
     for (key, value) in entries {
         match key.text.as_str() {
             "spec" => check_shape(&SPEC, value, "spec", findings),
+            "metadata" => match &value.tree {
+                Tree::Map(entries) => findings.extend(
+                    entries
+                        .iter()
+                        .filter(|(key, _)| !METADATA.contains(&key.text.as_str()))
+                        .map(|(key, _)| unknown("metadata", &key.text, &METADATA[..5])),
+                ),
+                _ => findings.push(wrong_type("metadata", "a map")),
+            },
             name if TOP.contains(&name) => {}
             name => findings.push(unknown("", name, &TOP)),
         }
@@ -436,7 +492,11 @@ fn bad_field(document: &Document, path: &str, message: &str) -> Report {
     let report = Report::new(
         Exit::Invalid,
         slug,
-        format!("`{path}` of {title} is not valid"),
+        if slug == "required" {
+            format!("`{path}` of {title} is missing")
+        } else {
+            format!("`{path}` of {title} is not valid")
+        },
     );
     // Of an unknown metric the name is wrong, not its weight.
     let key = path.rsplit_once('.').filter(|_| slug == "unknown-metric");

@@ -341,10 +341,9 @@ fn broken(source: &Source, error: yaml::YamlError) -> Report {
         Report::new(
             Exit::Invalid,
             "yaml-limit",
-            format!("{} is nested too deeply or expands to too much", source.name),
+            format!("{} is nested too deeply, or is too much", source.name),
         )
-        .note(error.message.clone())
-        .help("a manifest has at most 64 levels and 250000 values, aliases expanded; is this really one?")
+        .help("nothing was sent; a file has at most 64 levels and 250000 values, aliases expanded. Is this really a manifest?")
     } else {
         Report::new(
             Exit::Invalid,
@@ -357,16 +356,8 @@ fn broken(source: &Source, error: yaml::YamlError) -> Report {
         Some(span) => report.at(Snippet {
             name: source.name.clone(),
             text: Arc::clone(&source.text),
-            labels: vec![(
-                span,
-                if error.limit {
-                    String::new()
-                } else {
-                    error.message
-                },
-            )],
+            labels: vec![(span, error.message)],
         }),
-        None if error.limit => report,
         None => report.note(error.message),
     }
 }

@@ -291,10 +291,64 @@ fn position(text: &str, line: u64, column: u64) -> Range<usize> {
     at..at + width
 }
 
+/// What the library says to programmers, said to the author of the text; and whether it is a limit.
+fn in_our_words(error: &serde_saphyr::Error) -> Option<(String, bool)> {
+    use serde_saphyr::Error;
+    use serde_saphyr::budget::BudgetBreach;
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "the library's other errors are plain already"
+    )]
+    Some(match error {
+        Error::DuplicateMappingKey { key, .. } => (
+            match key {
+                Some(key) => format!("duplicate key `{key}`: it stands above already"),
+                None => "duplicate key: it stands above already".to_owned(),
+            },
+            false,
+        ),
+        Error::NonFiniteFloat { value, .. } => (format!("`{value}` is not a finite number"), false),
+        Error::NullIntoString { .. } => (
+            "a key must be a text, not null; put it in quotes".to_owned(),
+            false,
+        ),
+        Error::RecursiveReferencesRequireWeakTypes { .. } => (
+            "an alias stands inside what it stands for".to_owned(),
+            false,
+        ),
+        Error::Budget { breach, .. } => (
+            match breach {
+                BudgetBreach::Nodes { .. } => "more values than that, aliases expanded".to_owned(),
+                BudgetBreach::Depth { .. } => "nested deeper than that".to_owned(),
+                BudgetBreach::Documents { documents } => {
+                    format!(
+                        "more than {} documents in one file; split it",
+                        documents - 1
+                    )
+                }
+                other => format!("more than is read of one file ({other:?})"),
+            },
+            true,
+        ),
+        _ => return None,
+    })
+}
+
 fn yaml_error(error: &serde_saphyr::Error, text: &str) -> YamlError {
     let span = error
         .location()
         .map(|location| position(text, location.line(), location.column()));
+    let mut inner = error.without_snippet();
+    while let serde_saphyr::Error::AliasError { error, .. } = inner {
+        inner = error.without_snippet();
+    }
+    if let Some((message, limit)) = in_our_words(inner) {
+        return YamlError {
+            message,
+            span,
+            limit,
+        };
+    }
     let message = error.render();
     // The place is shown in the snippet.
     let message = message.lines().next().unwrap_or_default();
@@ -384,6 +438,7 @@ mod tests {
         }
         let error = parse(&bomb).unwrap_err();
         assert!(error.limit, "{error:?}");
+        assert_eq!(error.message, "more values than that, aliases expanded");
         assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
     }
 

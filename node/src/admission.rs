@@ -36,36 +36,28 @@ impl KrakeAdmission {
         let mut causes = Vec::new();
         for (field, value) in [("metadata.name", &name), ("metadata.namespace", &namespace)] {
             if !is_dns_label(value) {
-                causes.push(Cause {
-                    field: field.to_owned(),
-                    message: format!(
+                causes.push(Cause::new(field.to_owned(), format!(
                         "`{value}` must be 1 to 63 lower-case letters, digits and `-`, with a letter or digit at both ends"
-                    ),
-                });
+                    )));
             }
         }
         let bytes = object.to_string().len();
         if bytes > APPLICATION_BYTES_MAX {
-            causes.push(Cause {
-                field: String::new(),
-                message: format!(
+            causes.push(Cause::new(String::new(), format!(
                     "the application has {bytes} bytes, the limit is {APPLICATION_BYTES_MAX}; split it"
-                ),
-            });
+                )));
         }
         let spec = object.get("spec").cloned().unwrap_or_default();
         match serde_json::from_value::<ApplicationSpec>(spec) {
-            Err(error) => causes.push(Cause {
-                field: "spec".to_owned(),
-                message: error.to_string(),
-            }),
+            Err(error) => causes.push(Cause::new("spec".to_owned(), error.to_string())),
             Ok(spec) => {
                 if let Err(errors) = validate(&spec, &namespace, &self.definitions, &self.defaults)
                 {
-                    causes.extend(errors.into_iter().map(|error| Cause {
-                        field: error.path,
-                        message: error.message,
-                    }));
+                    causes.extend(
+                        errors
+                            .into_iter()
+                            .map(|error| Cause::new(error.path, error.message)),
+                    );
                 }
             }
         }

@@ -8,6 +8,7 @@ mod discovery;
 pub mod error;
 pub mod kinds;
 pub mod managed;
+mod metadata;
 pub mod schema;
 pub mod selector;
 pub mod serve;

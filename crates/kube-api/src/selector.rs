@@ -3,12 +3,15 @@
 use serde_json::Value;
 
 use crate::error::ApiError;
+use crate::metadata;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Requirement {
     In(String, Vec<String>),
     NotIn(String, Vec<String>),
     Exists(String),
+    Greater(String, i64),
+    Less(String, i64),
     Absent(String),
 }
 
@@ -33,6 +36,7 @@ impl LabelSelector {
 
     /// Whether an object's labels satisfy it.
     pub fn matches(&self, object: &Value) -> bool {
+        let number = |label: Option<&str>| label.and_then(|text| text.parse::<i64>().ok());
         let label = |key: &str| {
             object
                 .get("metadata")
@@ -48,6 +52,8 @@ impl LabelSelector {
                 label(key).is_none_or(|value| values.iter().all(|v| v != value))
             }
             Requirement::Exists(key) => label(key).is_some(),
+            Requirement::Greater(key, bound) => number(label(key)).is_some_and(|n| n > *bound),
+            Requirement::Less(key, bound) => number(label(key)).is_some_and(|n| n < *bound),
             Requirement::Absent(key) => label(key).is_none(),
         })
     }
@@ -74,11 +80,16 @@ fn requirement(part: &str) -> Result<Requirement, ApiError> {
     let wrong = || ApiError::bad_request(format!("unable to parse requirement: `{part}`"));
     let key = |text: &str| {
         let text = text.trim();
-        let good = !text.is_empty()
-            && text
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || "-_./".contains(c));
+        let good = metadata::is_key(text);
         if good {
+            Ok(text.to_owned())
+        } else {
+            Err(wrong())
+        }
+    };
+    let value = |text: &str| {
+        let text = text.trim();
+        if text.is_empty() || metadata::is_word(text) {
             Ok(text.to_owned())
         } else {
             Err(wrong())
@@ -89,7 +100,7 @@ fn requirement(part: &str) -> Result<Requirement, ApiError> {
     }
     if let Some(open) = part.find('(') {
         let list = part[open + 1..].strip_suffix(')').ok_or_else(wrong)?;
-        let values = list.split(',').map(|v| v.trim().to_owned()).collect();
+        let values = list.split(',').map(value).collect::<Result<_, _>>()?;
         let words: Vec<&str> = part[..open].split_whitespace().collect();
         return match &words[..] {
             [name, "in"] => Ok(Requirement::In(key(name)?, values)),
@@ -97,14 +108,18 @@ fn requirement(part: &str) -> Result<Requirement, ApiError> {
             _ => Err(wrong()),
         };
     }
-    if let Some((name, value)) = part.split_once("!=") {
-        return Ok(Requirement::NotIn(
-            key(name)?,
-            vec![value.trim().to_owned()],
-        ));
+    if let Some((name, text)) = part.split_once("!=") {
+        return Ok(Requirement::NotIn(key(name)?, vec![value(text)?]));
     }
-    if let Some((name, value)) = part.split_once("==").or_else(|| part.split_once('=')) {
-        return Ok(Requirement::In(key(name)?, vec![value.trim().to_owned()]));
+    if let Some((name, text)) = part.split_once("==").or_else(|| part.split_once('=')) {
+        return Ok(Requirement::In(key(name)?, vec![value(text)?]));
+    }
+    let number = |text: &str| text.trim().parse::<i64>().map_err(|_| wrong());
+    if let Some((name, bound)) = part.split_once('>') {
+        return Ok(Requirement::Greater(key(name)?, number(bound)?));
+    }
+    if let Some((name, bound)) = part.split_once('<') {
+        return Ok(Requirement::Less(key(name)?, number(bound)?));
     }
     Ok(Requirement::Exists(key(part)?))
 }

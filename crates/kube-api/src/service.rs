@@ -29,6 +29,9 @@ const BOOKMARK_INTERVAL: Duration = Duration::from_secs(30);
 /// Lists of all kinds return at most this many objects at once.
 const LIST_MAX: usize = 50_000;
 
+/// The name of a field manager has at most this many bytes, as in Kubernetes.
+const MANAGER_BYTES_MAX: usize = 128;
+
 /// Checks and completes what is written, kind by kind.
 #[async_trait]
 pub trait Admission: Send + Sync + 'static {
@@ -158,14 +161,42 @@ impl Query {
         )
     }
 
-    pub(crate) fn dry_run(&self) -> Result<bool, ApiError> {
-        match self.get("dryRun") {
-            None => Ok(false),
-            Some("All") => Ok(true),
-            Some(other) => Err(ApiError::bad_request(format!(
-                "dryRun={other} is not supported: write dryRun=All"
-            ))),
+    pub(crate) fn dry_run(&self) -> bool {
+        self.get("dryRun").is_some()
+    }
+
+    /// Checks the options of a write, which are `CreateOptions`, `UpdateOptions` or `PatchOptions`.
+    fn check_options(&self, name: &str, is_apply: bool) -> Result<(), ApiError> {
+        let mut causes = Vec::new();
+        if self.get("dryRun").is_some_and(|value| value != "All") {
+            causes.push(not_supported("dryRun", "All"));
         }
+        let allowed = ["Ignore", "Strict", "Warn"];
+        if self
+            .get("fieldValidation")
+            .is_some_and(|value| !allowed.contains(&value))
+        {
+            causes.push(not_supported("fieldValidation", &allowed.join(", ")));
+        }
+        let manager = self.get("fieldManager");
+        if manager.is_some_and(|manager| manager.len() > MANAGER_BYTES_MAX) {
+            let message = format!("has more than {MANAGER_BYTES_MAX} bytes");
+            causes.push(Cause::new("fieldManager", message).because("FieldValueTooLong"));
+        }
+        if is_apply && manager.is_none() {
+            causes.push(
+                Cause::new(
+                    "fieldManager",
+                    "Required value: is required for apply patch",
+                )
+                .because("FieldValueRequired"),
+            );
+        }
+        if name == "PatchOptions" && !is_apply && self.get("force").is_some() {
+            let message = "may not be specified for a patch that is no apply";
+            causes.push(Cause::new("force", message).because("FieldValueForbidden"));
+        }
+        refuse_options(name, causes)
     }
 
     fn freshness(&self) -> Result<Freshness, ApiError> {
@@ -174,6 +205,22 @@ impl Query {
             Some("0") => Ok(Freshness::Any),
             Some(text) => Ok(Freshness::AtLeast(number(text)?)),
         }
+    }
+}
+
+fn not_supported(field: &str, supported: &str) -> Cause {
+    Cause::new(
+        field,
+        format!("Unsupported value: supported values: {supported}"),
+    )
+    .because("FieldValueNotSupported")
+}
+
+fn refuse_options(name: &str, causes: Vec<Cause>) -> Result<(), ApiError> {
+    if causes.is_empty() {
+        Ok(())
+    } else {
+        Err(ApiError::invalid("meta.k8s.io", name, "", causes))
     }
 }
 
@@ -236,9 +283,21 @@ impl Service {
         let target = self
             .resolve(&segments)
             .ok_or_else(|| ApiError::no_such_path(&path))?;
+        if !accepts_json(&parts.headers) {
+            return Err(ApiError::new(
+                406,
+                "NotAcceptable",
+                "only the following media types are accepted: application/json",
+            ));
+        }
         if !matches!(target.subresource.as_str(), "" | "status")
             || (target.subresource == "status" && !target.kind.status)
         {
+            if target.kind.is_custom() {
+                let name = target.name.as_deref().unwrap_or_default();
+                let kind = &target.kind;
+                return Err(ApiError::not_found(&kind.group, &kind.plural, name));
+            }
             return Err(ApiError::new(
                 501,
                 "NotImplemented",
@@ -341,6 +400,7 @@ impl Service {
                         kind.plural
                     )));
                 }
+                query.check_options("CreateOptions", false)?;
                 let object = parse_body(headers, body).await?;
                 let writer = writer(headers, &target, &query, "");
                 let (object, warnings) =
@@ -351,6 +411,7 @@ impl Service {
                 ))
             }
             (&Method::PUT, Some(_)) => {
+                query.check_options("UpdateOptions", false)?;
                 let object = parse_body(headers, body).await?;
                 let writer = writer(headers, &target, &query, "");
                 let change = Change::Replace(object);
@@ -358,6 +419,8 @@ impl Service {
             }
             (&Method::PATCH, Some(_)) => {
                 let media = media_type(headers);
+                query
+                    .check_options("PatchOptions", media.starts_with("application/apply-patch"))?;
                 let change = match media.as_str() {
                     "application/merge-patch+json" => {
                         Change::Merge(parse_body(headers, body).await?)
@@ -387,7 +450,7 @@ impl Service {
             }
             (&Method::DELETE, Some(_)) => {
                 let options = delete_options(headers, &query, body).await?;
-                let (object, gone) = write::delete(self, &target, &query, &options).await?;
+                let (object, gone) = write::delete(self, &target, &options).await?;
                 if gone {
                     let body = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
                         "details": {"name": target.name, "group": kind.group, "kind": kind.plural,
@@ -444,8 +507,9 @@ impl Service {
                 name: text("/metadata/name").map(ToOwned::to_owned),
                 ..target.clone()
             };
-            let (object, _) = write::delete(self, &one, query, options).await?;
-            items.push((*object).clone());
+            write::delete(self, &one, options).await?;
+            // As they were, like in Kubernetes: a client counts them.
+            items.push(typed(&target.kind, &object));
         }
         Ok(respond(
             200,
@@ -462,9 +526,11 @@ impl Service {
         query: &Query,
         object: &Value,
     ) -> Response<Body> {
-        if !wants_table(headers) {
-            return respond(code, &typed(&target.kind, object));
-        }
+        let include = match include(query) {
+            Ok(include) if wants_table(headers) => include,
+            Err(error) if wants_table(headers) => return failure(&error),
+            _ => return respond(code, &typed(&target.kind, object)),
+        };
         let object = typed(&target.kind, object);
         let revision = object
             .pointer("/metadata/resourceVersion")
@@ -475,7 +541,7 @@ impl Service {
             &target.kind,
             std::slice::from_ref(&object),
             &revision,
-            include(query),
+            include,
             true,
             jiff::Timestamp::now(),
         );
@@ -508,7 +574,7 @@ impl Service {
                 &target.kind,
                 &items,
                 &revision.to_string(),
-                include(query),
+                include(query)?,
                 true,
                 jiff::Timestamp::now(),
             );
@@ -558,7 +624,7 @@ impl Service {
             target: target.clone(),
             labels,
             fields,
-            table: wants_table(headers).then(|| include(query)),
+            table: wants_table(headers).then(|| include(query)).transpose()?,
             bookmarks: query.flag("allowWatchBookmarks"),
             sender,
         };
@@ -739,12 +805,28 @@ fn wants_table(headers: &HeaderMap) -> bool {
     accept.contains("as=Table") && accept.contains("v=v1")
 }
 
-fn include(query: &Query) -> Include {
+fn include(query: &Query) -> Result<Include, ApiError> {
     match query.get("includeObject") {
-        Some("None") => Include::None,
-        Some("Object") => Include::Object,
-        _ => Include::Metadata,
+        Some("None") => Ok(Include::None),
+        Some("Object") => Ok(Include::Object),
+        None | Some("Metadata") => Ok(Include::Metadata),
+        Some(other) => Err(ApiError::bad_request(format!(
+            "includeObject={other} is not None, Metadata or Object"
+        ))),
     }
+}
+
+/// Whether an answer in JSON is acceptable.
+fn accepts_json(headers: &HeaderMap) -> bool {
+    let accept = headers
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let is_good = |part: &str| {
+        let media = part.split(';').next().unwrap_or_default().trim();
+        matches!(media, "application/json" | "application/*" | "*/*")
+    };
+    accept.trim().is_empty() || accept.split(',').any(is_good)
 }
 
 fn media_type(headers: &HeaderMap) -> String {
@@ -788,20 +870,37 @@ fn with_warnings(mut response: Response<Body>, warnings: &[Cause]) -> Response<B
     response
 }
 
-/// `DeleteOptions` of the body, completed by those of the query.
+/// `DeleteOptions`: those of the body, or without one those of the query.
 async fn delete_options(headers: &HeaderMap, query: &Query, body: Body) -> Result<Value, ApiError> {
-    let mut options = match parse_body(headers, body).await? {
-        Value::Null => json!({}),
+    let options = match parse_body(headers, body).await? {
+        Value::Null => {
+            let mut options = json!({});
+            for field in ["propagationPolicy", "gracePeriodSeconds"] {
+                if let Some(text) = query.get(field) {
+                    options[field] = text
+                        .parse::<i64>()
+                        .map_or_else(|_| text.into(), Value::from);
+                }
+            }
+            if let Some(text) = query.get("dryRun") {
+                options["dryRun"] = json!([text]);
+            }
+            options
+        }
         options @ Value::Object(_) => options,
         _ => return Err(ApiError::bad_request("DeleteOptions are an object")),
     };
-    for field in ["propagationPolicy", "gracePeriodSeconds"] {
-        if let (None, Some(text)) = (options.get(field), query.get(field)) {
-            options[field] = text
-                .parse::<i64>()
-                .map_or_else(|_| text.into(), Value::from);
-        }
+    let mut causes = Vec::new();
+    let policies = ["Background", "Foreground", "Orphan"];
+    let policy = options.get("propagationPolicy").and_then(Value::as_str);
+    if policy.is_some_and(|policy| !policies.contains(&policy)) {
+        causes.push(not_supported("propagationPolicy", &policies.join(", ")));
     }
+    let runs = options.get("dryRun").and_then(Value::as_array);
+    if runs.is_some_and(|runs| runs.iter().any(|run| run != "All")) {
+        causes.push(not_supported("dryRun", "All"));
+    }
+    refuse_options("DeleteOptions", causes)?;
     Ok(options)
 }
 

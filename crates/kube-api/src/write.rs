@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{ApiError, Cause};
 use crate::kinds::Kind;
 use crate::managed::{self, Writer};
+use crate::metadata::{self as object_metadata, Empty};
 use crate::schema;
 use crate::service::{FieldValidation, Hold, Query, Service, Target};
 use crate::store::{Freshness, revision_of};
@@ -64,13 +65,13 @@ pub(crate) async fn create(
     if text(&object, "/metadata/name").is_none()
         && let Some(prefix) = generated
     {
-        let id = uuid::Uuid::new_v4().simple().to_string();
-        metadata(&mut object).insert("name".to_owned(), format!("{prefix}{}", &id[..5]).into());
+        let name = object_metadata::generate_name(&prefix);
+        metadata(&mut object).insert("name".to_owned(), name.into());
     }
-    let (object, warnings) = prepare_new(service, target, query, object).await?;
-    let mut object = object;
+    drop_nulls(&target.kind, &mut object);
+    let (mut object, warnings) = prepare_new(service, target, query, object).await?;
     managed::record_update(target.kind.schema.as_ref(), None, &mut object, writer);
-    if query.dry_run()? {
+    if query.dry_run() {
         return Ok((Arc::new(object), warnings));
     }
     Ok((service.store.create(&target.kind, object).await?, warnings))
@@ -83,7 +84,7 @@ async fn prepare_new(
     mut object: Value,
 ) -> Result<(Value, Vec<Cause>), ApiError> {
     let kind = &target.kind;
-    let warnings = check_fields(service, query, kind, &mut object)?;
+    let warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)?;
     fill_defaults(kind, &mut object);
     name_in_place(target, &mut object)?;
     if text(&object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty()) {
@@ -108,10 +109,10 @@ async fn prepare_new(
     map.insert("uid".to_owned(), uuid::Uuid::new_v4().to_string().into());
     map.insert("creationTimestamp".to_owned(), now().into());
     map.insert("generation".to_owned(), 1.into());
-    validate(kind, &object)?;
+    validate(kind, None, &object)?;
     service
         .admission
-        .admit(kind, None, &mut object, "", query.dry_run()?)
+        .admit(kind, None, &mut object, "", query.dry_run())
         .await?;
     Ok((object, warnings))
 }
@@ -125,6 +126,11 @@ fn check_type(kind: &Kind, object: &Value) -> Result<(), ApiError> {
         ("kind", kind.kind.clone()),
     ] {
         let found = object.get(field).and_then(Value::as_str);
+        if found.is_none_or(str::is_empty) && kind.is_custom() {
+            return Err(ApiError::bad_request(format!(
+                "the body has no {field}; it is `{wanted}` here"
+            )));
+        }
         if found.is_some_and(|found| found != wanted) {
             return Err(ApiError::bad_request(format!(
                 "the body has {field} `{}`, the path is for `{wanted}`",
@@ -161,6 +167,9 @@ fn name_in_place(target: &Target, object: &mut Value) -> Result<(), ApiError> {
         (Some(name), Some(given)) if *name != given => Err(ApiError::bad_request(format!(
             "the name of the object ({given}) does not match the name on the URL ({name})"
         ))),
+        (Some(name), None) if kind.is_custom() => Err(ApiError::bad_request(format!(
+            "the object has no name, the one on the URL is {name}"
+        ))),
         (Some(name), _) => {
             map.insert("name".to_owned(), name.clone().into());
             Ok(())
@@ -170,11 +179,14 @@ fn name_in_place(target: &Target, object: &mut Value) -> Result<(), ApiError> {
             &kind.group,
             &kind.kind,
             "",
-            vec![Cause {
-                field: "metadata.name".to_owned(),
-                message: "Required value: name or generateName is required".to_owned(),
-            }],
+            vec![Cause::required("metadata.name")],
         )),
+    }
+}
+
+fn drop_nulls(kind: &Kind, object: &mut Value) {
+    if let Some(schema) = &kind.schema {
+        schema::drop_nulls(schema, object);
     }
 }
 
@@ -189,22 +201,20 @@ fn check_fields(
     query: &Query,
     kind: &Kind,
     object: &mut Value,
+    empty: Empty,
 ) -> Result<Vec<Cause>, ApiError> {
     let mode = match query.get("fieldValidation") {
         None => service.field_validation,
         Some("Ignore") => FieldValidation::Ignore,
         Some("Warn") => FieldValidation::Warn,
-        Some("Strict") => FieldValidation::Strict,
-        Some(other) => {
-            return Err(ApiError::bad_request(format!(
-                "fieldValidation={other} is not Ignore, Warn or Strict"
-            )));
-        }
+        // Anything else was refused before.
+        Some(_) => FieldValidation::Strict,
     };
-    let Some(wanted) = &kind.schema else {
-        return Ok(Vec::new());
-    };
-    let unknown = schema::prune_unknown(wanted, object);
+    let mut unknown = object_metadata::clean(object, "", empty)?;
+    if let Some(wanted) = &kind.schema {
+        unknown.extend(schema::clean_embedded(wanted, object, "")?);
+        unknown.extend(schema::prune_unknown(wanted, object));
+    }
     match mode {
         FieldValidation::Ignore => Ok(Vec::new()),
         FieldValidation::Warn => Ok(unknown),
@@ -224,8 +234,12 @@ fn check_fields(
     }
 }
 
-fn validate(kind: &Kind, object: &Value) -> Result<(), ApiError> {
-    let mut causes = check_metadata(object);
+fn validate(kind: &Kind, old: Option<&Value>, object: &Value) -> Result<(), ApiError> {
+    let metadata = object.get("metadata").unwrap_or(&Value::Null);
+    let mut causes = object_metadata::check(kind, metadata, "metadata");
+    if let Some(old) = old {
+        causes.extend(object_metadata::check_change(old, object));
+    }
     if let Some(wanted) = &kind.schema {
         causes.extend(schema::check(wanted, object));
     }
@@ -236,45 +250,36 @@ fn validate(kind: &Kind, object: &Value) -> Result<(), ApiError> {
     Err(ApiError::invalid(&kind.group, &kind.kind, name, causes))
 }
 
-fn check_metadata(object: &Value) -> Vec<Cause> {
-    let mut causes = Vec::new();
-    let mut wrong = |field: &str, message: &str| {
-        causes.push(Cause {
-            field: field.to_owned(),
-            message: message.to_owned(),
-        });
-    };
-    let name = text(object, "/metadata/name").unwrap_or_default();
-    // Path segments, as RBAC objects and others use them; kinds with stricter rules check more.
-    if name.is_empty()
-        || name.len() > 253
-        || name == "."
-        || name == ".."
-        || name.contains(['/', '%'])
-    {
-        wrong(
-            "metadata.name",
-            "must have 1 to 253 characters and neither `/` nor `%`",
-        );
-    }
-    for field in ["labels", "annotations"] {
-        if let Some(map) = object.pointer(&format!("/metadata/{field}")) {
-            let good = map
-                .as_object()
-                .is_some_and(|map| map.values().all(Value::is_string));
-            if !good && !map.is_null() {
-                wrong(&format!("metadata.{field}"), "must be a map of texts");
-            }
+/// Checks what was sent, before anything is looked up: with what it does not know.
+fn prepare(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    change: Change,
+) -> Result<(Change, Vec<Cause>), ApiError> {
+    let kind = &target.kind;
+    match change {
+        Change::Replace(mut object) => {
+            check_type(kind, &object)?;
+            let warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)?;
+            drop_nulls(kind, &mut object);
+            name_in_place(target, &mut object)?;
+            Ok((Change::Replace(object), warnings))
         }
+        Change::Apply(mut object) => {
+            check_type(kind, &object)?;
+            if object.pointer("/metadata/managedFields").is_some() {
+                return Err(ApiError::bad_request("metadata.managedFields must be nil"));
+            }
+            let warnings = check_fields(service, query, kind, &mut object, Empty::Kept)?;
+            if text(&object, "/metadata/name").is_some() {
+                name_in_place(target, &mut object)?;
+            }
+            keep_own_part(kind, &target.subresource, &mut object);
+            Ok((Change::Apply(object), warnings))
+        }
+        other => Ok((other, Vec::new())),
     }
-    if let Some(list) = object.pointer("/metadata/finalizers")
-        && !list
-            .as_array()
-            .is_some_and(|l| l.iter().all(Value::is_string))
-    {
-        wrong("metadata.finalizers", "must be a list of texts");
-    }
-    causes
 }
 
 pub(crate) async fn change(
@@ -285,6 +290,7 @@ pub(crate) async fn change(
     writer: &Writer,
 ) -> Result<Done, ApiError> {
     let name = target.name.as_deref().unwrap_or_default();
+    let (change, warnings) = prepare(service, target, query, change)?;
     for attempt in 0.. {
         let found = service
             .store
@@ -323,7 +329,12 @@ pub(crate) async fn change(
                     && error.causes.is_empty()
                     && !pinned
                     && attempt < RETRIES => {}
-            other => return other,
+            other => {
+                return other.map(|mut done| {
+                    done.warnings.extend(warnings);
+                    done
+                });
+            }
         }
     }
     unreachable!("the loop returns")
@@ -336,45 +347,29 @@ async fn apply_new(
     object: &Value,
     writer: &Writer,
 ) -> Result<Done, ApiError> {
-    check_type(&target.kind, object)?;
-    require_manager(query)?;
-    let (mut prepared, warnings) = prepare_new(service, target, query, object.clone()).await?;
+    if text(object, "/metadata/uid").is_some() {
+        // It means an object that was there.
+        let name = target.name.as_deref().unwrap_or_default();
+        return Err(crate::store::modified(&target.kind, name));
+    }
+    let mut new = object.clone();
+    metadata(&mut new).remove("resourceVersion");
+    let (mut prepared, _) = prepare_new(service, target, query, new).await?;
     // Only what the client sent is its own, not what was added on the way.
-    let mut sent = object.clone();
-    if let Some(schema) = &target.kind.schema {
-        schema::prune_unknown(schema, &mut sent);
-    }
-    if target.kind.status
-        && let Some(map) = sent.as_object_mut()
-    {
-        map.remove("status");
-    }
-    let mut owned = managed::apply(target.kind.schema.as_ref(), None, &sent, writer, true)?;
+    let mut owned = managed::apply(target.kind.schema.as_ref(), None, object, writer, true)?;
     if let Some(fields) = metadata(&mut owned).remove("managedFields") {
         metadata(&mut prepared).insert("managedFields".to_owned(), fields);
     }
-    let object = prepared;
-    if query.dry_run()? {
-        return Ok(Done {
-            object: Arc::new(object),
-            created: true,
-            warnings,
-        });
-    }
+    let object = if query.dry_run() {
+        Arc::new(prepared)
+    } else {
+        service.store.create(&target.kind, prepared).await?
+    };
     Ok(Done {
-        object: service.store.create(&target.kind, object).await?,
+        object,
         created: true,
-        warnings,
+        warnings: Vec::new(),
     })
-}
-
-fn require_manager(query: &Query) -> Result<(), ApiError> {
-    if query.get("fieldManager").is_none() {
-        return Err(ApiError::bad_request(
-            "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch",
-        ));
-    }
-    Ok(())
 }
 
 /// What an apply on the other subresource would set is not owned by this one.
@@ -436,8 +431,15 @@ fn patched(
             Ok(object)
         }
         Change::Json(patch) => {
-            let patch: json_patch::Patch = serde_json::from_value(patch.clone())
-                .map_err(|error| ApiError::bad_request(format!("not a JSON patch: {error}")))?;
+            if !patch.is_array() {
+                return Err(ApiError::bad_request(
+                    "a JSON patch is a list of operations",
+                ));
+            }
+            let patch: json_patch::Patch =
+                serde_json::from_value(patch.clone()).map_err(|error| {
+                    ApiError::new(422, "Invalid", format!("not a JSON patch: {error}"))
+                })?;
             if patch.0.len() > JSON_PATCH_MAX {
                 return Err(ApiError::too_large(format!(
                     "a JSON patch has at most {JSON_PATCH_MAX} operations"
@@ -454,7 +456,6 @@ fn patched(
             Ok(object)
         }
         Change::Apply(object) => {
-            require_manager(query)?;
             managed::apply(schema, Some(old), object, writer, query.flag("force"))
         }
     }
@@ -470,36 +471,40 @@ async fn update(
 ) -> Result<Done, ApiError> {
     let kind = &target.kind;
     let mut change_warnings = Vec::new();
-    let cleaned;
-    let change = match change {
-        Change::Replace(object) | Change::Apply(object) => {
-            check_type(kind, object)?;
-            let mut object = object.clone();
-            change_warnings = check_fields(service, query, kind, &mut object)?;
-            name_in_place(target, &mut object)?;
-            cleaned = if matches!(change, Change::Replace(_)) {
-                Change::Replace(object)
-            } else {
-                keep_own_part(kind, &target.subresource, &mut object);
-                Change::Apply(object)
-            };
-            &cleaned
-        }
-        other => other,
-    };
     let mut object = patched(kind.schema.as_ref(), change, old, writer, query)?;
     if !object.is_object() {
         return Err(ApiError::bad_request("the result is not an object"));
     }
     check_type(kind, &object)?;
-    if !matches!(change, Change::Replace(_) | Change::Apply(_)) {
-        change_warnings = check_fields(service, query, kind, &mut object)?;
+    match change {
+        Change::Replace(_) => {}
+        // What was applied is checked; what came of it may have something empty.
+        Change::Apply(_) => {
+            object_metadata::clean(&mut object, "", Empty::Dropped)?;
+        }
+        Change::Merge(_) | Change::Json(_) | Change::Strategic(_) => {
+            change_warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)?;
+            drop_nulls(kind, &mut object);
+        }
     }
     // After the patch: what an apply leaves out keeps its value, and nobody owns a default.
     fill_defaults(kind, &mut object);
     name_in_place(target, &mut object)?;
     let expected = revision_of(old);
     let given = text(&object, "/metadata/resourceVersion").unwrap_or_default();
+    if given.is_empty() && kind.is_custom() {
+        let cause = Cause::new(
+            "metadata.resourceVersion".to_owned(),
+            "must be specified for an update".to_owned(),
+        );
+        let name = target.name.as_deref().unwrap_or_default();
+        return Err(ApiError::invalid(
+            &kind.group,
+            &kind.plural,
+            name,
+            vec![cause],
+        ));
+    }
     if !given.is_empty() && given != expected.to_string() {
         return Err(crate::store::modified(
             kind,
@@ -509,21 +514,29 @@ async fn update(
     if let Some(uid) = text(&object, "/metadata/uid").filter(|uid| !uid.is_empty())
         && Some(uid) != text(old, "/metadata/uid")
     {
-        return Err(ApiError::conflict(format!(
+        let name = target.name.as_deref().unwrap_or_default();
+        let message = format!(
             "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
             text(old, "/metadata/uid").unwrap_or_default()
-        )));
+        );
+        return Err(ApiError::conflict(message).about(&kind.group, &kind.plural, name));
     }
     object = restore_identity(object, old);
     separate_status(kind, &target.subresource, old, &mut object);
     if !matches!(change, Change::Apply(_)) {
-        let entries = old.pointer("/metadata/managedFields").cloned();
+        let given = object.pointer("/metadata/managedFields").cloned();
+        let entries = match given {
+            // Nobody owns anything any more.
+            Some(given) if given == json!([{}]) => None,
+            Some(given) if target.subresource.is_empty() => Some(given),
+            _ => old.pointer("/metadata/managedFields").cloned(),
+        };
         match entries {
             Some(entries) => metadata(&mut object).insert("managedFields".to_owned(), entries),
             None => metadata(&mut object).remove("managedFields"),
         };
     }
-    validate(kind, &object)?;
+    validate(kind, Some(old), &object)?;
     service
         .admission
         .admit(
@@ -531,7 +544,7 @@ async fn update(
             Some(old),
             &mut object,
             &target.subresource,
-            query.dry_run()?,
+            query.dry_run(),
         )
         .await?;
     if content(&object) != content(old) {
@@ -560,10 +573,11 @@ async fn finish(
         created: false,
         warnings: warnings.clone(),
     };
-    if object == **old {
+    // That somebody wrote the same again is no change.
+    if managed::without_times(&object) == managed::without_times(old) {
         return Ok(done(Arc::clone(old)));
     }
-    if query.dry_run()? {
+    if query.dry_run() {
         return Ok(done(Arc::new(object)));
     }
     let expected = revision_of(old);
@@ -637,7 +651,6 @@ pub fn finalizers(object: &Value) -> Vec<String> {
 pub(crate) async fn delete(
     service: &Service,
     target: &Target,
-    query: &Query,
     options: &Value,
 ) -> Result<(Arc<Value>, bool), ApiError> {
     let name = target.name.as_deref().unwrap_or_default();
@@ -652,18 +665,18 @@ pub(crate) async fn delete(
         for field in ["uid", "resourceVersion"] {
             let found = text(&old, &format!("/metadata/{field}"));
             if wanted(field).is_some_and(|wanted| Some(wanted) != found) {
-                return Err(ApiError::conflict(format!(
+                let message = format!(
                     "Precondition failed: {field} is {}",
                     found.unwrap_or_default()
-                )));
+                );
+                return Err(ApiError::conflict(message).about(&kind.group, &kind.kind, name));
             }
         }
         service.admission.admit_delete(kind, &old).await?;
-        let dry_run = query.dry_run()?
-            || options
-                .get("dryRun")
-                .and_then(Value::as_array)
-                .is_some_and(|l| !l.is_empty());
+        let dry_run = options
+            .get("dryRun")
+            .and_then(Value::as_array)
+            .is_some_and(|l| !l.is_empty());
         let mut hold = service.admission.hold(kind, &old, options)?;
         let dying = text(&old, "/metadata/deletionTimestamp").is_some();
         if dying {

@@ -124,7 +124,18 @@ impl Admission for KrakeAdmission {
         }
         match kind.plural.as_str() {
             "applications" => self.application(object, old),
-            "sites" => site(object, old),
+            "sites" => {
+                site(object, old)?;
+                // It is the newest report and not kept with the rest: what a client sends back of
+                // it is no change.
+                if let (Some(status), Some(map)) = (
+                    old.and_then(|old| old.get("status")),
+                    object.as_object_mut(),
+                ) {
+                    map.insert("status".to_owned(), status.clone());
+                }
+                Ok(())
+            }
             _ => Ok(()),
         }
     }

@@ -37,8 +37,8 @@ struct Deliberate {
     is: fn(&Request, &Answer, &Answer) -> bool,
 }
 
-/// Where `crates/kube-api` does otherwise than a real API server on purpose. After one of these the
-/// objects of the two servers may differ, so the sequence ends there.
+/// Where `crates/kube-api` does otherwise than a real API server on purpose. Where the objects of the
+/// two servers differ after one of these, the sequence ends.
 const DELIBERATE: &[Deliberate] = &[
     Deliberate {
         what: "`limit` is not taken: a list is whole",
@@ -76,6 +76,16 @@ const DELIBERATE: &[Deliberate] = &[
         what: "a path where nothing is answers with a Status",
         reason: "the real one answers with a text, which says less",
         is: |_, real, own| real.code == 404 && own.code == 404 && real.body.is_string(),
+    },
+    Deliberate {
+        what: "who writes the status owns of an object only its status",
+        reason: "the real one notes metadata that was sent with it, and does not write it",
+        is: |request, real, own| {
+            let owners = |answer: &Answer| answer.body["metadata"]["managedFields"].to_string();
+            request.path.ends_with("/status")
+                && real.code == own.code
+                && owners(real).contains("f:metadata")
+        },
     },
     Deliberate {
         what: "any field that holds a scalar can be selected",
@@ -336,9 +346,7 @@ impl Pair {
                     body: watch.next().await.unwrap(),
                 });
             }
-            let [left, right] = &mut names;
-            let found = differences(&normal(&events[0], left), &normal(&events[1], right));
-            if let Some(found) = found {
+            if let Some(found) = compare(&events[0], &events[1], &mut names) {
                 break Outcome::Different(found);
             }
             if events[0].body.pointer("/object/metadata/name") == Some(&json!("the-end")) {
@@ -357,38 +365,48 @@ impl Pair {
         self.requests += 1;
         let real = self.real.send(request).await.unwrap();
         let own = self.own.send(request).await.unwrap();
-        let [left, right] = names;
-        if let Some(found) = differences(&normal(&real, left), &normal(&own, right)) {
-            let meant = DELIBERATE
-                .iter()
-                .position(|meant| (meant.is)(request, &real, &own));
-            if let Some(index) = meant {
-                self.met[index] = true;
-                return Outcome::Deliberate;
-            }
-            let message = |answer: &Answer| {
-                let message = answer.body.get("message").unwrap_or(&answer.body).clone();
-                if answer.warnings.is_empty() {
-                    message.to_string()
-                } else {
-                    format!("{message} {:?}", answer.warnings)
-                }
+        let before = names.clone();
+        let Some(found) = compare(&real, &own, names) else {
+            return match self.compare_object(request, names).await {
+                None => Outcome::Same,
+                Some(found) => Outcome::Different(format!("the object after it: {found}")),
             };
-            let found = format!(
-                "{found}\n      the real one says {}\n      kube-api says {}",
-                message(&real),
-                message(&own)
-            );
-            return Outcome::Different(found);
+        };
+        let meant = DELIBERATE
+            .iter()
+            .position(|meant| (meant.is)(request, &real, &own));
+        if let Some(index) = meant {
+            self.met[index] = true;
+            // What the two answers had in them was not the same.
+            *names = before;
+            return match self.compare_object(request, names).await {
+                None => Outcome::Same,
+                Some(_) => Outcome::Deliberate,
+            };
         }
-        if request.writes() && !request.object.is_empty() {
-            let real = self.real.look(&request.object).await.unwrap();
-            let own = self.own.look(&request.object).await.unwrap();
-            if let Some(found) = differences(&normal(&real, left), &normal(&own, right)) {
-                return Outcome::Different(format!("the object after it: {found}"));
-            }
+        let message = |answer: &Answer| {
+            let message = answer.body.get("message").unwrap_or(&answer.body);
+            format!("{message} {}", answer.warnings.join(", "))
+        };
+        Outcome::Different(format!(
+            "{found}\n      the real one says {}\n      kube-api says {}",
+            message(&real),
+            message(&own)
+        ))
+    }
+
+    /// How the object that a request has written differs.
+    async fn compare_object(
+        &mut self,
+        request: &Request,
+        names: &mut [Names; 2],
+    ) -> Option<String> {
+        if !request.writes() || request.object.is_empty() {
+            return None;
         }
-        Outcome::Same
+        let real = self.real.look(&request.object).await.unwrap();
+        let own = self.own.look(&request.object).await.unwrap();
+        compare(&real, &own, names)
     }
 
     /// What the sequence of `seed` shows, by the shortest part of it that does.
@@ -419,6 +437,10 @@ impl Pair {
             kind.kind
         ))
     }
+}
+
+fn compare(real: &Answer, own: &Answer, [left, right]: &mut [Names; 2]) -> Option<String> {
+    differences(&normal(real, left), &normal(own, right))
 }
 
 /// Removes all objects of a collection.

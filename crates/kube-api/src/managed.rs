@@ -736,18 +736,19 @@ pub fn apply(
     let old = unmanaged(live.unwrap_or(&empty));
     let config = unmanaged(applied);
     let mut wanted = fields_of(schema, &config);
-    wanted.0.retain(|path| !is_identity(path));
     let before = entries
         .iter()
         .find(|entry| writer.owns(entry, "Apply"))
         .map(|entry| entry.fields.clone());
-    let mut others: BTreeSet<Path> = wanted.0.clone();
+    // What is sent stays, its name too.
+    let mut managed: BTreeSet<Path> = wanted.0.clone();
     for entry in entries.iter().filter(|entry| !writer.owns(entry, "Apply")) {
-        others.extend(entry.fields.0.iter().cloned());
+        managed.extend(entry.fields.0.iter().cloned());
     }
+    wanted.0.retain(|path| !is_identity(path));
     let mut new = merge(schema, Some(&old), Some(&config), &mut Vec::new()).unwrap_or(json!({}));
     if let Some(before) = &before {
-        new = prune(schema, &new, before, &Fields(others));
+        new = prune(schema, &new, before, &Fields(managed));
     }
     let comparison = Comparison::of(schema, Some(&old), &new);
     let changed: BTreeSet<Path> = comparison
@@ -786,7 +787,14 @@ pub fn apply(
                 entry.time = writer.time.clone().into();
             }
         }
-        None => entries.push(writer.entry("Apply", wanted)),
+        None => {
+            let mut entry = writer.entry("Apply", wanted);
+            if is_same {
+                // It owns what others wrote.
+                entry.time = Value::Null;
+            }
+            entries.push(entry);
+        }
     }
     if !new.get("metadata").is_some_and(Value::is_object) {
         new["metadata"] = json!({});

@@ -25,10 +25,12 @@ impl LabelSelector {
     /// # Errors
     /// 400 with the part that is wrong.
     pub fn parse(text: &str) -> Result<Self, ApiError> {
+        if text.trim().is_empty() {
+            return Ok(Self::default());
+        }
         split_outside_parentheses(text)
             .into_iter()
             .map(str::trim)
-            .filter(|part| !part.is_empty())
             .map(requirement)
             .collect::<Result<_, _>>()
             .map(Self)

@@ -72,7 +72,21 @@ pub(crate) async fn create(
     let (mut object, warnings) = prepare_new(service, target, query, object).await?;
     managed::record_update(target.kind.schema.as_ref(), None, &mut object, writer);
     if query.dry_run() {
-        return Ok((Arc::new(object), warnings));
+        let name = text(&object, "/metadata/name").unwrap_or_default();
+        let namespace = target.namespace.as_deref();
+        let found = service
+            .store
+            .get(&target.kind, namespace, name, Freshness::Latest)
+            .await;
+        return match found {
+            Ok(_) => Err(ApiError::already_exists(
+                &target.kind.group,
+                &target.kind.plural,
+                name,
+            )),
+            Err(error) if error.code == 404 => Ok((Arc::new(object), warnings)),
+            Err(error) => Err(error),
+        };
     }
     Ok((service.store.create(&target.kind, object).await?, warnings))
 }
@@ -174,13 +188,8 @@ fn name_in_place(target: &Target, object: &mut Value) -> Result<(), ApiError> {
             map.insert("name".to_owned(), name.clone().into());
             Ok(())
         }
-        (None, Some(_)) => Ok(()),
-        (None, None) => Err(ApiError::invalid(
-            &kind.group,
-            &kind.kind,
-            "",
-            vec![Cause::required("metadata.name")],
-        )),
+        // Whether it has a name at all is checked with all the rest.
+        (None, _) => Ok(()),
     }
 }
 
@@ -483,7 +492,8 @@ async fn update(
             object_metadata::clean(&mut object, "", Empty::Dropped)?;
         }
         Change::Merge(_) | Change::Json(_) | Change::Strategic(_) => {
-            change_warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)?;
+            change_warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)
+                .map_err(malformed_patch)?;
             drop_nulls(kind, &mut object);
         }
     }
@@ -547,7 +557,7 @@ async fn update(
             query.dry_run(),
         )
         .await?;
-    if content(&object) != content(old) {
+    if content(kind, &object) != content(kind, old) {
         let generation = old
             .pointer("/metadata/generation")
             .and_then(Value::as_i64)
@@ -558,6 +568,17 @@ async fn update(
         managed::record_update(kind.schema.as_ref(), Some(old), &mut object, writer);
     }
     finish(service, target, query, old, object, change_warnings).await
+}
+
+/// What a patch makes of an object is checked like what is sent, and the patch is what is wrong.
+fn malformed_patch(error: ApiError) -> ApiError {
+    if error.code != 400 {
+        return error;
+    }
+    ApiError {
+        causes: vec![Cause::new("patch", error.message.clone())],
+        ..ApiError::new(422, "Invalid", error.message)
+    }
 }
 
 async fn finish(
@@ -621,12 +642,14 @@ fn set_or_remove(object: &mut Value, key: &str, value: Option<Value>) {
     }
 }
 
-/// What makes a new generation: everything but metadata and status.
-fn content(object: &Value) -> Value {
+/// What makes a new generation: everything but metadata, and a status that is written apart.
+fn content(kind: &Kind, object: &Value) -> Value {
     let mut content = object.clone();
     if let Some(map) = content.as_object_mut() {
         map.remove("metadata");
-        map.remove("status");
+        if kind.status {
+            map.remove("status");
+        }
     }
     content
 }
@@ -689,7 +712,12 @@ pub(crate) async fn delete(
         let stays =
             !finalizers(&old).is_empty() || !hold.finalizers.is_empty() || hold.grace_seconds > 0;
         if dry_run {
-            return Ok((old, !stays));
+            let object = if stays {
+                Arc::new(marked(&old, &hold, jiff::Timestamp::now()))
+            } else {
+                old
+            };
+            return Ok((object, !stays));
         }
         let result = if stays {
             let object = marked(&old, &hold, jiff::Timestamp::now());

@@ -8,7 +8,7 @@ use super::server::Answer;
 
 /// The names that one server made, by the order in which they were first seen: both servers must
 /// make the same new ones at the same places.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Names(BTreeMap<&'static str, Vec<String>>);
 
 impl Names {

@@ -779,11 +779,13 @@ impl Generator<'_> {
                     "/apis/{}/{}/{}",
                     self.kind.group, self.kind.version, self.kind.plural
                 );
+                let own = format!("metadata.namespace={}", self.namespace);
+                request.query.push(("fieldSelector", own));
                 if self.dice.chance(50) {
+                    request.query.clear();
                     request.method = Method::POST;
                     request.content_type = JSON;
                     request.body = Body::Json(object);
-                    request.object = String::new();
                 }
             }
             10 => request.path = format!("{}/scale", request.object),

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 /// Requests of one sequence.
 const LENGTH: usize = 40;
 /// Sequences of each kind unless told otherwise.
-const SEEDS: std::ops::Range<u64> = 0..16;
+const SEEDS: std::ops::Range<u64> = 0..24;
 /// So many differences are worth reading at once.
 const FAILURES_MAX: usize = 30;
 
@@ -47,7 +47,6 @@ const DELIBERATE: &[Deliberate] = &[
             request.query.iter().any(|(key, _)| *key == "limit")
                 && real.code == 200
                 && own.code == 200
-                && real.body["metadata"]["continue"] != ""
         },
     },
     Deliberate {
@@ -85,6 +84,35 @@ const DELIBERATE: &[Deliberate] = &[
             request.path.ends_with("/status")
                 && real.code == own.code
                 && owners(real).contains("f:metadata")
+        },
+    },
+    Deliberate {
+        what: "unknown fields are treated by an apply as by any other write",
+        reason: "the real one always refuses them there, with 500",
+        is: |_, real, own| {
+            real.code == 500
+                && own.code < 400
+                && real.body.to_string().contains("not declared in schema")
+        },
+    },
+    Deliberate {
+        what: "no object is made that is being deleted already",
+        reason: "the real one takes the time of its deletion from an apply, and then keeps it",
+        is: |_, real, own| {
+            let dies = |answer: &Answer| {
+                let metadata = &answer.body["metadata"];
+                !metadata["deletionTimestamp"].is_null()
+                    || !metadata["deletionGracePeriodSeconds"].is_null()
+            };
+            real.code == 201 && own.code == 201 && dies(real) && !dies(own)
+        },
+    },
+    Deliberate {
+        what: "unknown fields that are refused are causes",
+        reason: "a client can point at them; the real one has a sentence only",
+        is: |_, real, own| {
+            let causes = |answer: &Answer| answer.body.pointer("/details/causes").is_some();
+            real.code == 400 && own.code == 400 && !causes(real) && causes(own)
         },
     },
     Deliberate {

@@ -5,6 +5,12 @@ use serde_json::{Map, Value};
 use crate::error::{ApiError, Cause};
 use crate::metadata::{self, Empty};
 
+/// The reason of a cause: a value has another type.
+pub(crate) const WRONG_TYPE: &str = "FieldValueTypeInvalid";
+
+/// What is wrong with a null.
+pub(crate) const NOT_NULL: &str = "must not be null";
+
 /// Fields the schema does not know, removed from `object`, with the one that was probably meant.
 pub fn prune_unknown(schema: &Value, object: &mut Value) -> Vec<Cause> {
     let mut unknown = Vec::new();
@@ -151,7 +157,7 @@ fn check_at(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) 
     let flag = |name: &str| schema.get(name).and_then(Value::as_bool) == Some(true);
     if value.is_null() {
         if !flag("nullable") && !path.is_empty() {
-            causes.push(Cause::new(path, "must not be null").because("FieldValueTypeInvalid"));
+            causes.push(Cause::new(path, NOT_NULL).because(WRONG_TYPE));
         }
         return;
     }
@@ -160,24 +166,16 @@ fn check_at(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) 
         && !has_type(value, wanted)
     {
         let message = format!("must be of type {wanted}, not {}", type_name(value));
-        causes.push(Cause::new(path, message).because("FieldValueTypeInvalid"));
+        causes.push(Cause::new(path, message).because(WRONG_TYPE));
+        check_enum(schema, value, path, causes);
         return;
     }
     if flag("x-kubernetes-int-or-string") && !(value.is_string() || has_type(value, "integer")) {
         let message = format!("must be a whole number or a text, not {}", type_name(value));
-        causes.push(Cause::new(path, message).because("FieldValueTypeInvalid"));
+        causes.push(Cause::new(path, message).because(WRONG_TYPE));
         return;
     }
-    if let Some(allowed) = schema.get("enum").and_then(Value::as_array)
-        && !allowed.contains(value)
-    {
-        let list: Vec<String> = allowed.iter().map(ToString::to_string).collect();
-        let message = format!(
-            "unsupported value {value}: supported values: {}",
-            list.join(", ")
-        );
-        causes.push(Cause::new(path, message).because("FieldValueNotSupported"));
-    }
+    check_enum(schema, value, path, causes);
     check_bounds(schema, value, path, causes);
     match value {
         Value::Object(map) => {
@@ -188,6 +186,19 @@ fn check_at(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) 
         }
         Value::Array(items) => check_items(schema, items, path, causes),
         _ => {}
+    }
+}
+
+fn check_enum(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) {
+    if let Some(allowed) = schema.get("enum").and_then(Value::as_array)
+        && !allowed.contains(value)
+    {
+        let list: Vec<String> = allowed.iter().map(ToString::to_string).collect();
+        let message = format!(
+            "unsupported value {value}: supported values: {}",
+            list.join(", ")
+        );
+        causes.push(Cause::new(path, message).because("FieldValueNotSupported"));
     }
 }
 

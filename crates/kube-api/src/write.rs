@@ -101,11 +101,6 @@ async fn prepare_new(
     let warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)?;
     fill_defaults(kind, &mut object);
     name_in_place(target, &mut object)?;
-    if text(&object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty()) {
-        return Err(ApiError::bad_request(
-            "resourceVersion should not be set on objects to be created",
-        ));
-    }
     if kind.status
         && let Some(map) = object.as_object_mut()
     {
@@ -115,15 +110,20 @@ async fn prepare_new(
     for field in [
         "managedFields",
         "deletionTimestamp",
+        "deletionGracePeriodSeconds",
         "selfLink",
-        "resourceVersion",
     ] {
         map.remove(field);
     }
     map.insert("uid".to_owned(), uuid::Uuid::new_v4().to_string().into());
     map.insert("creationTimestamp".to_owned(), now().into());
     map.insert("generation".to_owned(), 1.into());
-    validate(kind, None, &object)?;
+    validate(kind, &object, Vec::new())?;
+    if text(&object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty()) {
+        return Err(ApiError::bad_request(
+            "resourceVersion should not be set on objects to be created",
+        ));
+    }
     service
         .admission
         .admit(kind, None, &mut object, "", query.dry_run())
@@ -144,6 +144,12 @@ fn check_type(kind: &Kind, object: &Value) -> Result<(), ApiError> {
             return Err(ApiError::bad_request(format!(
                 "the body has no {field}; it is `{wanted}` here"
             )));
+        }
+        if found.is_some_and(|found| found != wanted) && field == "kind" && kind.is_custom() {
+            let other = found.unwrap_or_default();
+            let name = text(object, "/metadata/name").unwrap_or_default();
+            let cause = Cause::new("kind", format!("must be {wanted}"));
+            return Err(ApiError::invalid(&kind.group, other, name, vec![cause]));
         }
         if found.is_some_and(|found| found != wanted) {
             return Err(ApiError::bad_request(format!(
@@ -243,12 +249,10 @@ fn check_fields(
     }
 }
 
-fn validate(kind: &Kind, old: Option<&Value>, object: &Value) -> Result<(), ApiError> {
+fn validate(kind: &Kind, object: &Value, changes: Vec<Cause>) -> Result<(), ApiError> {
     let metadata = object.get("metadata").unwrap_or(&Value::Null);
     let mut causes = object_metadata::check(kind, metadata, "metadata");
-    if let Some(old) = old {
-        causes.extend(object_metadata::check_change(old, object));
-    }
+    causes.extend(changes);
     if let Some(wanted) = &kind.schema {
         causes.extend(schema::check(wanted, object));
     }
@@ -276,11 +280,13 @@ fn prepare(
             Ok((Change::Replace(object), warnings))
         }
         Change::Apply(mut object) => {
-            check_type(kind, &object)?;
+            // Nothing can be made of it, so that it is no object that is invalid.
+            check_type(kind, &object).map_err(|error| ApiError::bad_request(error.message))?;
             if object.pointer("/metadata/managedFields").is_some() {
                 return Err(ApiError::bad_request("metadata.managedFields must be nil"));
             }
             let warnings = check_fields(service, query, kind, &mut object, Empty::Kept)?;
+            check_types(kind, &object)?;
             if text(&object, "/metadata/name").is_some() {
                 name_in_place(target, &mut object)?;
             }
@@ -291,6 +297,24 @@ fn prepare(
     }
 }
 
+/// What is applied must have the types of the schema: merged, a wrong one would be lost.
+fn check_types(kind: &Kind, object: &Value) -> Result<(), ApiError> {
+    let schema = kind.schema.as_ref();
+    let causes: Vec<Cause> = schema.map_or_else(Vec::new, |schema| {
+        let mut causes = schema::check(schema, object);
+        // A null merges with anything.
+        causes.retain(|cause| {
+            cause.reason == schema::WRONG_TYPE && cause.message != schema::NOT_NULL
+        });
+        causes
+    });
+    if causes.is_empty() {
+        return Ok(());
+    }
+    let name = text(object, "/metadata/name").unwrap_or_default();
+    Err(ApiError::invalid(&kind.group, &kind.kind, name, causes))
+}
+
 pub(crate) async fn change(
     service: &Service,
     target: &Target,
@@ -299,6 +323,14 @@ pub(crate) async fn change(
     writer: &Writer,
 ) -> Result<Done, ApiError> {
     let name = target.name.as_deref().unwrap_or_default();
+    if matches!(change, Change::Apply(_)) && !target.subresource.is_empty() {
+        // An apply makes objects, but not their status.
+        let namespace = target.namespace.as_deref();
+        service
+            .store
+            .get(&target.kind, namespace, name, Freshness::Latest)
+            .await?;
+    }
     let (change, warnings) = prepare(service, target, query, change)?;
     for attempt in 0.. {
         let found = service
@@ -440,6 +472,9 @@ fn patched(
             Ok(object)
         }
         Change::Json(patch) => {
+            if patch.is_null() {
+                return Ok(old.clone());
+            }
             if !patch.is_array() {
                 return Err(ApiError::bad_request(
                     "a JSON patch is a list of operations",
@@ -531,6 +566,11 @@ async fn update(
         );
         return Err(ApiError::conflict(message).about(&kind.group, &kind.plural, name));
     }
+    let changes = if target.subresource.is_empty() {
+        object_metadata::check_change(old, &object)
+    } else {
+        Vec::new()
+    };
     object = restore_identity(object, old);
     separate_status(kind, &target.subresource, old, &mut object);
     if !matches!(change, Change::Apply(_)) {
@@ -546,7 +586,7 @@ async fn update(
             None => metadata(&mut object).remove("managedFields"),
         };
     }
-    validate(kind, Some(old), &object)?;
+    validate(kind, &object, changes)?;
     service
         .admission
         .admit(

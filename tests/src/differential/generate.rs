@@ -590,6 +590,7 @@ impl Generator<'_> {
             // The real one keeps what is empty until the next write, which then is one.
             metadata.retain(|_, value| *value != json!({}) && *value != json!([]));
         }
+        drop_nulls(&mut object);
         request.body = Body::Json(object);
         if self.dice.chance(5) {
             request.body = Body::Text(self.dice.pick(&["{", "a: [", "[]", "text", ""]).to_owned());
@@ -796,6 +797,18 @@ impl Generator<'_> {
             }
         }
         request
+    }
+}
+
+/// The real one keeps a time that is null until the next write, too.
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|key, value| key != "creationTimestamp" || !value.is_null());
+            map.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        _ => {}
     }
 }
 

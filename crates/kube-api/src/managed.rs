@@ -44,6 +44,8 @@ pub struct Writer {
     pub manager: String,
     /// `status`, or empty.
     pub subresource: String,
+    /// The part of the object that such a write does not touch.
+    pub leaves_alone: Option<&'static str>,
     /// The version written.
     pub api_version: String,
     /// RFC 3339, whole seconds.
@@ -694,7 +696,8 @@ fn update(
         let is_lost = |path: &Path| taken.contains(path) || removed.contains(path);
         entry.fields.0.retain(|path| !is_lost(path));
     }
-    taken.retain(|path| !is_identity(path));
+    let alone = writer.leaves_alone.map(|field| format!("f:{field}"));
+    taken.retain(|path| !is_identity(path) && path.first() != alone.as_ref());
     if taken.is_empty() {
         return;
     }
@@ -879,6 +882,7 @@ mod tests {
         Writer {
             manager: manager.to_owned(),
             subresource: String::new(),
+            leaves_alone: None,
             api_version: "v1".to_owned(),
             time: "2026-01-01T00:00:00Z".to_owned(),
         }

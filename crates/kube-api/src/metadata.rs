@@ -333,11 +333,10 @@ pub(crate) fn check_change(old: &Value, new: &Value) -> Vec<Cause> {
         };
         let before = list(old);
         if list(new).iter().any(|name| !before.contains(name)) {
-            wrong(
-                "finalizers",
-                "Forbidden: no new finalizers can be added if the object is being deleted"
-                    .to_owned(),
-            );
+            let message =
+                "Forbidden: no new finalizers can be added if the object is being deleted";
+            let cause = Cause::new("metadata.finalizers", message);
+            causes.push(cause.because("FieldValueForbidden"));
         }
     }
     causes

@@ -241,6 +241,10 @@ fn check_items(schema: &Value, items: &[Value], path: &str, causes: &mut Vec<Cau
     let inner = schema.get("items");
     for (index, item) in items.iter().enumerate() {
         let path = format!("{path}[{index}]");
+        if !list_keys(schema).is_empty() && !item.is_object() {
+            let message = "must be an object in a list that merges by keys";
+            causes.push(Cause::new(&path, message));
+        }
         if merges_items(schema) && items[..index].contains(item)
             || has_same_keys(schema, &items[..index], item)
         {

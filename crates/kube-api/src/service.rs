@@ -426,7 +426,7 @@ impl Service {
                 let is_apply = media.starts_with("application/apply-patch");
                 query.check_options("PatchOptions", is_apply)?;
                 let kind_of = patch_kind(&media, &kind)?;
-                let change = match parse_body(headers, body).await {
+                let change = match parse_patch(headers, body).await {
                     Ok(patch) => kind_of(patch),
                     Err(error) => {
                         // A patch is read when there is something to patch.
@@ -876,6 +876,11 @@ fn writer(headers: &HeaderMap, target: &Target, query: &Query, default: &str) ->
     Writer {
         manager: manager.chars().take(128).collect(),
         subresource: target.subresource.clone(),
+        leaves_alone: match target.subresource.as_str() {
+            "status" => Some("spec"),
+            _ if target.kind.status => Some("status"),
+            _ => None,
+        },
         api_version: target.kind.api_version(),
         time: table::whole_seconds(jiff::Timestamp::now()),
     }
@@ -925,8 +930,21 @@ async fn delete_options(headers: &HeaderMap, query: &Query, body: Body) -> Resul
     Ok(options)
 }
 
-/// Reads a body of JSON or YAML within its limit.
+/// Reads a body of JSON or YAML within its limit; an empty one is null.
 pub(crate) async fn parse_body(headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
+    parse(&read_body(headers, body).await?)
+}
+
+/// The same of a patch, which is never empty.
+async fn parse_patch(headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
+    let bytes = read_body(headers, body).await?;
+    if bytes.is_empty() {
+        return Err(ApiError::bad_request("a patch needs a body"));
+    }
+    parse(&bytes)
+}
+
+async fn read_body(headers: &HeaderMap, body: Body) -> Result<axum::body::Bytes, ApiError> {
     let media = media_type(headers);
     let is_text = media.ends_with("json") || media.ends_with("yaml");
     if !is_text {
@@ -934,14 +952,13 @@ pub(crate) async fn parse_body(headers: &HeaderMap, body: Body) -> Result<Value,
             "`{media}` is not supported: send JSON or YAML"
         )));
     }
-    let bytes = axum::body::to_bytes(body, BODY_BYTES_MAX)
+    axum::body::to_bytes(body, BODY_BYTES_MAX)
         .await
         .map_err(|_| {
             ApiError::too_large(format!(
                 "the request has more than {BODY_BYTES_MAX} bytes; split it"
             ))
-        })?;
-    parse(&bytes)
+        })
 }
 
 /// Reads one JSON or YAML document; depth and aliases are bounded.
@@ -954,10 +971,30 @@ pub fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
     if text.trim().is_empty() {
         return Ok(Value::Null);
     }
-    if text.trim_start().starts_with(['{', '[']) {
-        return serde_json::from_str(text)
-            .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")));
+    let mut value = if text.trim_start().starts_with(['{', '[']) {
+        serde_json::from_str(text)
+            .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))?
+    } else {
+        serde_saphyr::from_str(text)
+            .map_err(|error| ApiError::bad_request(format!("the body is not YAML: {error}")))?
+    };
+    whole_numbers(&mut value);
+    Ok(value)
+}
+
+/// `1.0` is kept as `1`, as in Kubernetes: who writes the one for the other changes nothing.
+fn whole_numbers(value: &mut Value) {
+    /// Up to here every whole number is a float of its own.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            let float = number.as_f64().unwrap_or_default();
+            if float.fract() == 0.0 && float.abs() < EXACT {
+                *value = (float as i64).into();
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(whole_numbers),
+        Value::Object(map) => map.values_mut().for_each(whole_numbers),
+        _ => {}
     }
-    serde_saphyr::from_str(text)
-        .map_err(|error| ApiError::bad_request(format!("the body is not YAML: {error}")))
 }

@@ -65,7 +65,7 @@ pub fn table(
     json!({
         "kind": "Table",
         "apiVersion": "meta.k8s.io/v1",
-        "metadata": {"resourceVersion": revision},
+        "metadata": if revision.is_empty() { json!({}) } else { json!({"resourceVersion": revision}) },
         "columnDefinitions": if headings { definitions } else { Vec::new() },
         "rows": rows,
     })

@@ -286,10 +286,10 @@ fn prepare(
                 return Err(ApiError::bad_request("metadata.managedFields must be nil"));
             }
             let warnings = check_fields(service, query, kind, &mut object, Empty::Kept)?;
-            check_types(kind, &object)?;
             if text(&object, "/metadata/name").is_some() {
                 name_in_place(target, &mut object)?;
             }
+            check_types(kind, &object)?;
             keep_own_part(kind, &target.subresource, &mut object);
             Ok((Change::Apply(object), warnings))
         }

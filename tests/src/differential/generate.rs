@@ -366,10 +366,8 @@ impl Generator<'_> {
                 object["metadata"] = json!({"generateName": prefix});
             }
             1 => {
-                object["metadata"]["name"] = self
-                    .dice
-                    .pick(&["A", "a_b", "-a", "a.b", "a/b", "."])
-                    .into();
+                let name = self.dice.pick(&["A", "a_b", "-a", "a.b", "a/b", "."]);
+                object["metadata"] = json!({"name": name});
             }
             2 => {
                 if let Some(map) = object.as_object_mut() {
@@ -436,8 +434,8 @@ impl Generator<'_> {
             ]);
             request.query.push(("fieldSelector", selector.to_owned()));
         }
-        if self.dice.chance(15) {
-            let limit = self.dice.pick(&["1", "100", "0", "x"]);
+        if self.dice.chance(20) {
+            let limit = self.dice.pick(&["1", "1", "1", "100", "0", "x"]);
             request.query.push(("limit", limit.to_owned()));
         }
         if self.dice.chance(10) {
@@ -459,8 +457,10 @@ impl Generator<'_> {
         let name = Self::name(&request.object).to_owned();
         if self.dice.chance(25) {
             let mut object = self.object(&name);
-            if self.dice.chance(50) {
-                object["metadata"]["resourceVersion"] = "${rv}".into();
+            if self.dice.chance(50)
+                && let Some(metadata) = object["metadata"].as_object_mut()
+            {
+                metadata.insert("resourceVersion".to_owned(), "${rv}".into());
             }
             request.body = Body::Json(object);
         } else {

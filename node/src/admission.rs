@@ -36,38 +36,30 @@ impl KrakeAdmission {
         let mut causes = Vec::new();
         for (field, value) in [("metadata.name", &name), ("metadata.namespace", &namespace)] {
             if !is_dns_label(value) {
-                causes.push(Cause {
-                    field: field.to_owned(),
-                    message: format!(
-                        // kubectl prints this to a terminal as it is.
-                        "`{}` must be 1 to 63 lower-case letters, digits and `-`, with a letter or digit at both ends",
-                        value.escape_debug()
-                    ),
-                });
+                // kubectl prints this to a terminal as it is.
+                causes.push(Cause::new(field.to_owned(), format!(
+                    "`{}` must be 1 to 63 lower-case letters, digits and `-`, with a letter or digit at both ends",
+                    value.escape_debug()
+                )));
             }
         }
         let bytes = object.to_string().len();
         if bytes > APPLICATION_BYTES_MAX {
-            causes.push(Cause {
-                field: "spec".to_owned(),
-                message: format!(
-                    "the application has {bytes} bytes with its annotations, the limit is {APPLICATION_BYTES_MAX}; split it (plain kubectl apply keeps a second copy as an annotation, kubectl apply --server-side does not)"
-                ),
-            });
+            causes.push(Cause::new("spec", format!(
+                "the application has {bytes} bytes with its annotations, the limit is {APPLICATION_BYTES_MAX}; split it (plain kubectl apply keeps a second copy as an annotation, kubectl apply --server-side does not)"
+            )));
         }
         let spec = object.get("spec").cloned().unwrap_or_default();
         match serde_json::from_value::<ApplicationSpec>(spec) {
-            Err(error) => causes.push(Cause {
-                field: "spec".to_owned(),
-                message: error.to_string(),
-            }),
+            Err(error) => causes.push(Cause::new("spec".to_owned(), error.to_string())),
             Ok(spec) => {
                 if let Err(errors) = validate(&spec, &namespace, &self.definitions, &self.defaults)
                 {
-                    causes.extend(errors.into_iter().map(|error| Cause {
-                        field: error.path,
-                        message: error.message,
-                    }));
+                    causes.extend(
+                        errors
+                            .into_iter()
+                            .map(|error| Cause::new(error.path, error.message)),
+                    );
                 }
             }
         }
@@ -134,7 +126,18 @@ impl Admission for KrakeAdmission {
         }
         match kind.plural.as_str() {
             "applications" => self.application(object, old),
-            "sites" => site(object, old),
+            "sites" => {
+                site(object, old)?;
+                // It is the newest report and not kept with the rest: what a client sends back of
+                // it is no change.
+                if let (Some(status), Some(map)) = (
+                    old.and_then(|old| old.get("status")),
+                    object.as_object_mut(),
+                ) {
+                    map.insert("status".to_owned(), status.clone());
+                }
+                Ok(())
+            }
             _ => Ok(()),
         }
     }

@@ -6,6 +6,7 @@
 )]
 
 pub mod contract;
+pub mod differential;
 pub mod testnet;
 
 pub use testnet::{Site, Testnet, kubectls, program, wait_for};

@@ -9,6 +9,31 @@ pub struct Cause {
     pub field: String,
     /// What.
     pub message: String,
+    /// CamelCase reason, as in `metav1.CauseType`.
+    pub reason: &'static str,
+}
+
+impl Cause {
+    /// A value that is not allowed.
+    pub fn new(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            message: message.into(),
+            reason: "FieldValueInvalid",
+        }
+    }
+
+    /// The same for another reason.
+    #[must_use]
+    pub fn because(mut self, reason: &'static str) -> Self {
+        self.reason = reason;
+        self
+    }
+
+    /// Something that has to be there is not.
+    pub fn required(field: impl Into<String>) -> Self {
+        Self::new(field, "Required value").because("FieldValueRequired")
+    }
 }
 
 /// An answer other than success: becomes a `Status` object (`meta/v1`).
@@ -90,6 +115,17 @@ impl ApiError {
         Self::new(409, "Conflict", message)
     }
 
+    /// The same, about an object.
+    #[must_use]
+    pub fn about(mut self, group: &str, plural: &str, name: &str) -> Self {
+        self.subject = Some(Box::new((
+            group.to_owned(),
+            plural.to_owned(),
+            name.to_owned(),
+        )));
+        self
+    }
+
     /// 405
     pub fn method_not_allowed(message: impl Into<String>) -> Self {
         Self::new(405, "MethodNotAllowed", message)
@@ -169,14 +205,18 @@ impl ApiError {
     pub fn to_status(&self) -> Value {
         let mut details = json!({});
         if let Some((group, kind, name)) = self.subject.as_deref() {
-            details = json!({"name": name, "group": group, "kind": kind});
+            for (field, value) in [("name", name), ("group", group), ("kind", kind)] {
+                if !value.is_empty() {
+                    details[field] = value.clone().into();
+                }
+            }
         }
         if !self.causes.is_empty() {
             let causes: Vec<Value> = self
                 .causes
                 .iter()
                 .map(|cause| {
-                    json!({"reason": "FieldValueInvalid", "message": cause.message, "field": cause.field})
+                    json!({"reason": cause.reason, "message": cause.message, "field": cause.field})
                 })
                 .collect();
             details["causes"] = causes.into();
@@ -184,15 +224,18 @@ impl ApiError {
         if let Some(seconds) = self.retry_after {
             details["retryAfterSeconds"] = seconds.into();
         }
-        json!({
+        let mut status = json!({
             "kind": "Status",
             "apiVersion": "v1",
             "metadata": {},
             "status": "Failure",
             "message": self.message,
             "reason": self.reason,
-            "details": details,
             "code": self.code,
-        })
+        });
+        if details != json!({}) {
+            status["details"] = details;
+        }
+        status
     }
 }

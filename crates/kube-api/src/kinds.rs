@@ -121,6 +121,13 @@ impl Kind {
         format!("{}/{}", self.api_version(), self.kind)
     }
 
+    /// Whether it behaves as a custom resource and not as a built-in kind of Kubernetes: it takes no
+    /// strategic merge patches, what replaces an object must name the revision it replaces, and
+    /// subresources that it has not are not there.
+    pub fn is_custom(&self) -> bool {
+        !crate::strategic::is_supported(self.schema.as_ref())
+    }
+
     /// Verbs that clients may use.
     pub fn verbs(&self) -> Vec<&'static str> {
         if self.read_only {

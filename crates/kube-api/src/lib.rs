@@ -9,6 +9,8 @@ pub mod error;
 mod json;
 pub mod kinds;
 pub mod managed;
+mod metadata;
+mod openapi_v2;
 pub mod schema;
 pub mod selector;
 pub mod serve;

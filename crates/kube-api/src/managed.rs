@@ -1,5 +1,9 @@
 //! Server-side apply and field ownership (KEP-555): who set which field, in `FieldsV1` form.
 //!
+//! The algorithms are those of Kubernetes (`sigs.k8s.io/structured-merge-diff` v6, packages `typed`
+//! and `merge`, and `k8s.io/apimachinery/pkg/util/managedfields`), step by step, so that owners,
+//! conflicts and what a removal takes with it are the same; `tests/tests/differential.rs` compares.
+//!
 //! Maps merge by key. Lists merge as the schema says (`x-kubernetes-list-type`): by their keys
 //! (`map`), by value (`set`), or not at all (`atomic`, the default): then the owner of a list owns
 //! all of it. What no schema describes merges as in a custom resource: maps by key, lists atomic.
@@ -9,13 +13,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value, json};
 
 use crate::error::{ApiError, Cause};
-use crate::schema;
+use crate::{metadata, schema};
+
+/// Who owned the fields of an object that was made before ownership was noted.
+const BEFORE_FIRST_APPLY: &str = "before-first-apply";
 
 /// A field, from the root, in the notation of `FieldsV1`: `f:name` in a map, `k:{"name":"a"}` for
 /// the item of a list with these keys, `v:"a"` for an item of a set.
 type Path = Vec<String>;
 
-/// Fields as a set of leaves, with the items of keyed lists beside what is in them.
+/// Fields as a set of paths. A map or an item is in it apart from what is in them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Fields(BTreeSet<Path>);
 
@@ -37,10 +44,33 @@ pub struct Writer {
     pub manager: String,
     /// `status`, or empty.
     pub subresource: String,
+    /// The part of the object that such a write does not touch.
+    pub leaves_alone: Option<&'static str>,
     /// The version written.
     pub api_version: String,
     /// RFC 3339, whole seconds.
     pub time: String,
+}
+
+impl Writer {
+    fn entry(&self, operation: &str, fields: Fields) -> Entry {
+        Entry {
+            manager: self.manager.clone(),
+            operation: operation.to_owned(),
+            subresource: self.subresource.clone(),
+            api_version: self.api_version.clone(),
+            time: self.time.clone().into(),
+            fields,
+        }
+    }
+
+    /// Whether an entry is this writer's. Who applies keeps an entry over all versions.
+    fn owns(&self, entry: &Entry, operation: &str) -> bool {
+        entry.manager == self.manager
+            && entry.operation == operation
+            && entry.subresource == self.subresource
+            && (operation == "Apply" || entry.api_version == self.api_version)
+    }
 }
 
 /// Fields that belong to the server or name the object; nobody owns them.
@@ -51,64 +81,126 @@ fn is_identity(path: &[String]) -> bool {
             field.as_str(),
             "f:name"
                 | "f:namespace"
-                | "f:uid"
-                | "f:resourceVersion"
-                | "f:generation"
                 | "f:creationTimestamp"
-                | "f:deletionTimestamp"
-                | "f:deletionGracePeriodSeconds"
-                | "f:managedFields"
                 | "f:selfLink"
-                | "f:generateName"
+                | "f:uid"
+                | "f:clusterName"
+                | "f:generation"
+                | "f:managedFields"
+                | "f:resourceVersion"
         ),
         _ => false,
     }
 }
 
-fn leaves(schema: Option<&Value>, value: &Value) -> Fields {
+/// The schema below an element of a path; of metadata, for which kinds have none, the same for all.
+fn inner<'a>(schema: Option<&'a Value>, path: &[String], element: &str) -> Option<&'a Value> {
+    match element.strip_prefix("f:") {
+        Some("metadata") if path.is_empty() => Some(metadata::schema()),
+        Some(key) => schema.and_then(|schema| schema::property(schema, key)),
+        None => schema.and_then(|schema| schema.get("items")),
+    }
+}
+
+/// Whether the schema names a field, other than the keys of a map.
+fn is_named_field(schema: Option<&Value>, path: &[String], key: &str) -> bool {
+    let is_root_field = path.is_empty() && matches!(key, "apiVersion" | "kind" | "metadata");
+    is_root_field
+        || schema
+            .and_then(|schema| schema.get("properties"))
+            .is_some_and(|properties| properties.get(key).is_some())
+}
+
+/// As what a value is merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Map,
+    Scalar,
+    List,
+}
+
+/// By its schema; where that leaves it open, by itself.
+fn shape(schema: Option<&Value>, value: &Value) -> Shape {
+    let kind = schema.and_then(|schema| schema.get("type")?.as_str());
+    match (kind, value) {
+        (Some("object"), _) | (None, Value::Object(_)) => Shape::Map,
+        (Some("array"), _) | (None, Value::Array(_)) => Shape::List,
+        (None, Value::Null) => Shape::Map,
+        _ => Shape::Scalar,
+    }
+}
+
+fn map_of(value: Option<&Value>) -> Option<&Map<String, Value>> {
+    value.and_then(Value::as_object)
+}
+
+fn items_of(value: Option<&Value>) -> &[Value] {
+    value.and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+fn keys_of(left: Option<&Value>, right: Option<&Value>) -> BTreeSet<String> {
+    let keys = |value| map_of(value).into_iter().flat_map(Map::keys).cloned();
+    keys(left).chain(keys(right)).collect()
+}
+
+/// Whether two values of this shape are compared and merged as a whole. Empty ones are: otherwise
+/// empty and null would be the same.
+fn is_leaf(
+    schema: Option<&Value>,
+    shape: Shape,
+    left: Option<&Value>,
+    right: Option<&Value>,
+) -> bool {
+    let is_empty = |value| match shape {
+        Shape::Map => map_of(value).is_none_or(Map::is_empty),
+        Shape::List => items_of(value).is_empty(),
+        Shape::Scalar => true,
+    };
+    let is_atomic = match shape {
+        Shape::Map => schema.is_some_and(schema::is_atomic_map),
+        Shape::List => !schema.is_some_and(schema::merges_items),
+        Shape::Scalar => true,
+    };
+    is_atomic || (is_empty(left) && is_empty(right))
+}
+
+/// The fields that an applied object has.
+fn fields_of(schema: Option<&Value>, value: &Value) -> Fields {
     let mut fields = BTreeSet::new();
     collect(schema, value, &mut Vec::new(), &mut fields);
     Fields(fields)
 }
 
-/// The schema of a field; of metadata, for which kinds have none, the same for all.
-fn inner_schema<'a>(
-    schema: Option<&'a Value>,
-    depth: usize,
-    key: &str,
-) -> Option<std::borrow::Cow<'a, Value>> {
-    if depth == 0 && key == "metadata" {
-        return Some(std::borrow::Cow::Owned(schema::metadata()));
-    }
-    schema
-        .and_then(|schema| schema::property(schema, key))
-        .map(std::borrow::Cow::Borrowed)
-}
-
 fn collect(schema: Option<&Value>, value: &Value, path: &mut Path, into: &mut BTreeSet<Path>) {
-    match value {
-        Value::Object(map) if !map.is_empty() && !schema.is_some_and(schema::is_atomic_map) => {
-            for (key, inner) in map {
-                path.push(format!("f:{key}"));
-                if !(is_identity(path) && path.len() == 2) {
-                    let inner_schema = inner_schema(schema, path.len() - 1, key);
-                    collect(inner_schema.as_deref(), inner, path, into);
+    match shape(schema, value) {
+        Shape::Map if !schema.is_some_and(schema::is_atomic_map) => {
+            for (key, value) in value.as_object().into_iter().flatten() {
+                let element = format!("f:{key}");
+                let inner = inner(schema, path, &element);
+                let is_named = is_named_field(schema, path, key);
+                path.push(element);
+                collect(inner, value, path, into);
+                let is_empty = value.as_object().is_some_and(Map::is_empty);
+                if value.is_null() || is_empty || !is_named {
+                    into.insert(path.clone());
                 }
                 path.pop();
             }
         }
-        Value::Array(items) if schema.is_some_and(schema::merges_items) => {
-            let inner_schema = schema.and_then(|schema| schema.get("items"));
-            for item in items {
-                path.push(element(schema, item));
+        Shape::List if schema.is_some_and(schema::merges_items) => {
+            let items = items_of(Some(value));
+            let names: Vec<String> = items.iter().map(|item| element(schema, item)).collect();
+            let inner = schema.and_then(|schema| schema.get("items"));
+            for (item, name) in items.iter().zip(&names) {
+                path.push(name.clone());
+                // What is there twice has no fields of its own.
+                if names.iter().filter(|other| *other == name).count() == 1 {
+                    collect(inner, item, path, into);
+                }
                 into.insert(path.clone());
-                if item.is_object() {
-                    collect(inner_schema, item, path, into);
-                }
                 path.pop();
             }
         }
-        _ if path.is_empty() || is_identity(path) => {}
         _ => {
             into.insert(path.clone());
         }
@@ -121,156 +213,291 @@ fn element(schema: Option<&Value>, item: &Value) -> String {
     if keys.is_empty() || !item.is_object() {
         return format!("v:{item}");
     }
-    let named: Map<String, Value> = keys
+    let named: BTreeMap<&str, &Value> = keys
         .into_iter()
         .filter_map(|key| {
             let default = || {
                 let pointer = format!("/items/properties/{key}/default");
                 schema.and_then(|schema| schema.pointer(&pointer))
             };
-            let value = item.get(key).or_else(default)?.clone();
-            Some((key.to_owned(), value))
+            Some((key, item.get(key).or_else(default)?))
         })
         .collect();
-    format!("k:{}", Value::Object(named))
+    format!("k:{}", json!(named))
 }
 
-/// Whether an item is the one that a path's element names.
-fn is_named(item: &Value, element: &str) -> bool {
-    if let Some(value) = element.strip_prefix("v:") {
-        return serde_json::from_str::<Value>(value).is_ok_and(|value| value == *item);
+/// What changed between two objects.
+#[derive(Debug, Default)]
+struct Comparison {
+    added: BTreeSet<Path>,
+    modified: BTreeSet<Path>,
+    removed: BTreeSet<Path>,
+}
+
+impl Comparison {
+    fn of(schema: Option<&Value>, old: Option<&Value>, new: &Value) -> Self {
+        let mut comparison = Self::default();
+        let empty = json!({});
+        let old = old.unwrap_or(&empty);
+        comparison.compare(schema, Some(old), Some(new), &mut Vec::new());
+        comparison
     }
-    let keys: Map<String, Value> = element
-        .strip_prefix("k:")
-        .and_then(|keys| serde_json::from_str(keys).ok())
-        .unwrap_or_default();
-    // A key that the item does not carry has its default.
-    item.is_object()
-        && keys
-            .iter()
-            .all(|(key, value)| item.get(key).is_none_or(|own| own == value))
-        && keys.keys().any(|key| item.get(key).is_some())
-}
 
-fn at<'a>(value: &'a Value, path: &[String]) -> Option<&'a Value> {
-    path.iter()
-        .try_fold(value, |value, element| match element.strip_prefix("f:") {
-            Some(key) => value.get(key),
-            None => value
-                .as_array()?
-                .iter()
-                .find(|item| is_named(item, element)),
-        })
-}
-
-/// Removes what is at `path`, and what is empty then.
-fn remove(value: &mut Value, path: &[String]) {
-    let [first, rest @ ..] = path else {
-        return;
-    };
-    let is_empty = |value: &Value| match value {
-        Value::Object(map) => map.is_empty(),
-        Value::Array(items) => items.is_empty(),
-        _ => false,
-    };
-    match (first.strip_prefix("f:"), value) {
-        (Some(key), Value::Object(map)) => {
-            if !rest.is_empty()
-                && let Some(inner) = map.get_mut(key)
-            {
-                remove(inner, rest);
-                if !is_empty(inner) {
-                    return;
-                }
-            }
-            map.remove(key);
-        }
-        (None, Value::Array(items)) => {
-            let Some(index) = items.iter().position(|item| is_named(item, first)) else {
-                return;
-            };
-            if rest.is_empty() {
-                items.remove(index);
-            } else {
-                remove(&mut items[index], rest);
-            }
-        }
-        _ => {}
+    fn is_empty(&self) -> bool {
+        self.added.is_empty() && self.modified.is_empty() && self.removed.is_empty()
     }
-}
 
-fn merge(schema: Option<&Value>, depth: usize, live: &mut Value, applied: &Value) {
-    match (live, applied) {
-        (Value::Object(live), Value::Object(applied))
-            if !schema.is_some_and(schema::is_atomic_map) =>
-        {
-            for (key, value) in applied {
-                match live.get_mut(key) {
-                    Some(inner) => {
-                        let schema = inner_schema(schema, depth, key);
-                        merge(schema.as_deref(), depth + 1, inner, value);
-                    }
-                    None => {
-                        live.insert(key.clone(), value.clone());
-                    }
-                }
+    fn compare(
+        &mut self,
+        schema: Option<&Value>,
+        old: Option<&Value>,
+        new: Option<&Value>,
+        path: &mut Path,
+    ) {
+        let shapes = (
+            old.map(|value| shape(schema, value)),
+            new.map(|value| shape(schema, value)),
+        );
+        let was_leaf = match shapes {
+            (None, None) => return,
+            (Some(shape), None) => self.compare_as(shape, schema, old, new, path),
+            (Some(before), Some(after)) if before != after => {
+                self.compare_as(before, schema, old, new, path);
+                self.compare_as(after, schema, old, new, path)
             }
-        }
-        (Value::Array(live), Value::Array(applied)) if schema.is_some_and(schema::merges_items) => {
-            *live = merge_items(schema, std::mem::take(live), applied);
-        }
-        (live, applied) => *live = applied.clone(),
-    }
-}
-
-/// Items in the applied order; those that only the live list has stay where they were among them.
-fn merge_items(schema: Option<&Value>, live: Vec<Value>, applied: &[Value]) -> Vec<Value> {
-    let inner = schema.and_then(|schema| schema.get("items"));
-    let mut live: Vec<(String, Option<Value>)> = live
-        .into_iter()
-        .map(|item| (element(schema, &item), Some(item)))
-        .collect();
-    let names: Vec<String> = applied.iter().map(|item| element(schema, item)).collect();
-    let mut merged = Vec::with_capacity(live.len().max(applied.len()));
-    let (mut left, mut right) = (0, 0);
-    while left < live.len() || right < applied.len() {
-        if let Some((name, item)) = live.get_mut(left) {
-            if !names.contains(name) {
-                merged.extend(item.take());
-                left += 1;
-                continue;
-            }
-            let name = name.clone();
-            let next_shared = names[right.min(names.len())..]
-                .iter()
-                .find(|name| live.iter().any(|(other, _)| other == *name));
-            if item_is_taken(&live, left) || next_shared.is_some_and(|next| *next != name) {
-                left += 1;
-                continue;
-            }
-        }
-        let Some(item) = applied.get(right) else {
-            left += 1;
-            continue;
+            (_, Some(shape)) => self.compare_as(shape, schema, old, new, path),
         };
-        let same = live
-            .iter_mut()
-            .find(|(name, _)| *name == names[right])
-            .and_then(|(_, item)| item.take());
-        merged.push(match same {
-            Some(mut same) => {
-                merge(inner, 1, &mut same, item);
-                same
+        if !was_leaf {
+            match (old, new) {
+                (None, _) => self.added.insert(path.clone()),
+                (_, None) => self.removed.insert(path.clone()),
+                _ => false,
+            };
+        }
+    }
+
+    /// Compares as values of one shape; says whether as a whole.
+    fn compare_as(
+        &mut self,
+        shape: Shape,
+        schema: Option<&Value>,
+        old: Option<&Value>,
+        new: Option<&Value>,
+        path: &mut Path,
+    ) -> bool {
+        if is_leaf(schema, shape, old, new) {
+            match (old, new) {
+                (None, _) => self.added.insert(path.clone()),
+                (_, None) => self.removed.insert(path.clone()),
+                _ => old != new && self.modified.insert(path.clone()),
+            };
+            return true;
+        }
+        if shape == Shape::List {
+            self.compare_items(schema, items_of(old), items_of(new), path);
+            return false;
+        }
+        for key in keys_of(old, new) {
+            let element = format!("f:{key}");
+            let inner = inner(schema, path, &element);
+            let of = |value| map_of(value).and_then(|map| map.get(&key));
+            path.push(element);
+            self.compare(inner, of(old), of(new), path);
+            path.pop();
+        }
+        false
+    }
+
+    fn compare_items(
+        &mut self,
+        schema: Option<&Value>,
+        old: &[Value],
+        new: &[Value],
+        path: &mut Path,
+    ) {
+        let inner = schema.and_then(|schema| schema.get("items"));
+        let mut named: BTreeMap<String, [Vec<&Value>; 2]> = BTreeMap::new();
+        for (side, items) in [old, new].into_iter().enumerate() {
+            for item in items {
+                named.entry(element(schema, item)).or_default()[side].push(item);
             }
-            None => item.clone(),
-        });
-        right += 1;
+        }
+        for (name, [old, new]) in named {
+            path.push(name);
+            match (&old[..], &new[..]) {
+                ([] | [_], [] | [_]) => {
+                    self.compare(inner, old.first().copied(), new.first().copied(), path);
+                }
+                // What is there twice is compared as a whole.
+                ([], _) => {
+                    self.added.insert(path.clone());
+                }
+                (_, []) => {
+                    self.removed.insert(path.clone());
+                }
+                _ if old != new => {
+                    self.modified.insert(path.clone());
+                }
+                _ => {}
+            }
+            path.pop();
+        }
+    }
+}
+
+/// `old` with what `new` has over it.
+fn merge(
+    schema: Option<&Value>,
+    old: Option<&Value>,
+    new: Option<&Value>,
+    path: &mut Path,
+) -> Option<Value> {
+    let value = new.or(old)?;
+    let shape = shape(schema, value);
+    if is_leaf(schema, shape, old, new) {
+        return Some(value.clone());
+    }
+    if shape == Shape::List {
+        let items = merge_items(schema, items_of(old), items_of(new), path);
+        return (!items.is_empty()).then(|| items.into());
+    }
+    let mut map = Map::new();
+    for key in keys_of(old, new) {
+        let element = format!("f:{key}");
+        let inner = inner(schema, path, &element);
+        let of = |value| map_of(value).and_then(|map| map.get(&key));
+        path.push(element);
+        let merged = merge(inner, of(old), of(new), path);
+        path.pop();
+        if let Some(value) = merged {
+            map.insert(key, value);
+        }
+    }
+    (!map.is_empty()).then(|| map.into())
+}
+
+/// Items in the applied order; those that only the old list has stay where they were among them.
+fn merge_items(
+    schema: Option<&Value>,
+    old: &[Value],
+    new: &[Value],
+    path: &mut Path,
+) -> Vec<Value> {
+    let inner = schema.and_then(|schema| schema.get("items"));
+    let named = |items: &[Value]| -> Vec<String> {
+        items.iter().map(|item| element(schema, item)).collect()
+    };
+    let (old_names, new_names) = (named(old), named(new));
+    // Of what is there twice nothing can be merged.
+    let before = |name: &String| {
+        let mut found = old_names.iter().zip(old).filter(|(own, _)| *own == name);
+        match (found.next(), found.next()) {
+            (Some((_, item)), None) => Some(item),
+            _ => None,
+        }
+    };
+    let mut shared = new_names.iter().filter(|name| old_names.contains(name));
+    let mut next_shared = shared.next();
+    let mut taken: BTreeSet<&String> = BTreeSet::new();
+    let mut merged = Vec::with_capacity(old.len().max(new.len()));
+    let mut add = |old: Option<&Value>, new: Option<&Value>, name: &String| {
+        path.push(name.clone());
+        merged.extend(merge(inner, old, new, path));
+        path.pop();
+    };
+    let (mut left, mut right) = (0, 0);
+    while left < old.len() || right < new.len() {
+        if let (Some(name), Some(wanted)) = (old_names.get(left), new_names.get(right)) {
+            if name == wanted {
+                taken.insert(name);
+                add(before(name), Some(&new[right]), name);
+                (left, right) = (left + 1, right + 1);
+                next_shared = shared.next();
+                continue;
+            }
+            if new_names.contains(name) && next_shared.is_some_and(|next| next != name) {
+                // Its turn comes later.
+                left += 1;
+                continue;
+            }
+        }
+        if let Some(name) = old_names.get(left) {
+            if !new_names.contains(name) {
+                add(Some(&old[left]), None, name);
+                left += 1;
+                continue;
+            }
+            if taken.contains(name) {
+                left += 1;
+            }
+        }
+        if let Some(name) = new_names.get(right) {
+            taken.insert(name);
+            add(before(name), Some(&new[right]), name);
+            right += 1;
+            if next_shared == Some(name) {
+                next_shared = shared.next();
+            }
+        }
     }
     merged
 }
 
-fn item_is_taken(live: &[(String, Option<Value>)], index: usize) -> bool {
-    live.get(index).is_some_and(|(_, item)| item.is_none())
+/// `value` without the fields in `gone`; null when nothing is left.
+fn without(schema: Option<&Value>, value: &Value, gone: &Fields, path: &mut Path) -> Value {
+    let shape = shape(schema, value);
+    if shape == Shape::Scalar {
+        return value.clone();
+    }
+    // An atomic one goes as a whole, with what names something in it.
+    if is_leaf(schema, shape, Some(value), None) {
+        return Value::Null;
+    }
+    if shape == Shape::List {
+        let inner = schema.and_then(|schema| schema.get("items"));
+        let items: Vec<Value> = items_of(Some(value))
+            .iter()
+            .filter_map(|item| kept(inner, item, element(schema, item), gone, path))
+            .collect();
+        return if items.is_empty() {
+            Value::Null
+        } else {
+            items.into()
+        };
+    }
+    let mut map = Map::new();
+    for (key, value) in map_of(Some(value)).into_iter().flatten() {
+        let element = format!("f:{key}");
+        let inner = inner(schema, path, &element);
+        if let Some(value) = kept(inner, value, element, gone, path) {
+            map.insert(key.clone(), value);
+        }
+    }
+    if map.is_empty() {
+        Value::Null
+    } else {
+        map.into()
+    }
+}
+
+/// What remains of the value at an element below `path`; `None`: it goes.
+fn kept(
+    schema: Option<&Value>,
+    value: &Value,
+    element: String,
+    gone: &Fields,
+    path: &mut Path,
+) -> Option<Value> {
+    path.push(element);
+    let kept = if gone.0.contains(path) {
+        None
+    } else if gone.has_below(path) {
+        Some(without(schema, value, gone, path))
+    } else {
+        Some(value.clone())
+    };
+    path.pop();
+    kept
 }
 
 impl Fields {
@@ -284,8 +511,9 @@ impl Fields {
                 }
                 node = &mut node[element];
             }
-            let is_item = path.last().is_some_and(|last| last.starts_with("k:"));
-            if is_item {
+            // A path comes before what is below it.
+            let next = self.below(path).next();
+            if next.is_some() {
                 node["."] = json!({});
             }
         }
@@ -297,13 +525,10 @@ impl Fields {
             let Some(map) = value.as_object() else {
                 return;
             };
-            let is_item = path.last().is_some_and(|last| last.starts_with("k:"));
-            let inner: Vec<(&String, &Value)> =
-                map.iter().filter(|(key, _)| key.as_str() != ".").collect();
-            if (inner.is_empty() && !path.is_empty()) || (is_item && map.contains_key(".")) {
+            if !path.is_empty() && (map.is_empty() || map.contains_key(".")) {
                 into.insert(path.clone());
             }
-            for (key, value) in inner {
+            for (key, value) in map.iter().filter(|(key, _)| key.as_str() != ".") {
                 path.push(key.clone());
                 walk(value, path, into);
                 path.pop();
@@ -314,26 +539,33 @@ impl Fields {
         Self(fields)
     }
 
-    /// Whether `path` or something below it is in the set, or something above it that holds all
-    /// below it (`live` says what is there).
-    fn touches(&self, path: &[String], live: &Value) -> bool {
-        self.0.iter().any(|own| is_touched(own, path, live))
+    /// The paths below `path`.
+    fn below(&self, path: &Path) -> impl Iterator<Item = &Path> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        self.0
+            .range::<Path, _>((Excluded(path), Unbounded))
+            .take_while(move |other| other.starts_with(path))
     }
-}
 
-fn is_touched(own: &[String], path: &[String], live: &Value) -> bool {
-    own.starts_with(path) || (path.starts_with(own) && holds_all_below(own, live))
-}
+    fn has_below(&self, path: &Path) -> bool {
+        self.below(path).next().is_some()
+    }
 
-/// An empty map or an item of a keyed list does not own what others put in; anything else does.
-fn holds_all_below(own: &[String], live: &Value) -> bool {
-    !own.last().is_some_and(|last| last.starts_with("k:"))
-        && !at(live, own).is_some_and(Value::is_object)
-}
-
-/// Only that an item is there, not what is in it.
-fn is_membership(path: &[String]) -> bool {
-    path.last().is_some_and(|last| !last.starts_with("f:"))
+    /// With every field that the schema names on the way to one of these.
+    fn with_named_fields(&self, schema: Option<&Value>) -> Self {
+        let mut all = self.0.clone();
+        for path in &self.0 {
+            let mut schema = schema;
+            for (depth, element) in path.iter().enumerate() {
+                let (above, key) = (&path[..depth], element.strip_prefix("f:"));
+                if key.is_some_and(|key| is_named_field(schema, above, key)) {
+                    all.insert(path[..=depth].to_vec());
+                }
+                schema = inner(schema, above, element);
+            }
+        }
+        Self(all)
+    }
 }
 
 /// As people read it: `.spec.containers[name="a"].image`.
@@ -380,19 +612,34 @@ fn read_entries(object: &Value) -> Vec<Entry> {
         .collect()
 }
 
-fn write_entries(object: &mut Value, entries: Vec<Entry>) {
+fn write_entries(object: &mut Value, mut entries: Vec<Entry>) {
+    entries.retain(|entry| !entry.fields.0.is_empty());
+    // Who applies comes first, then who was there first.
+    entries.sort_by(|one, other| {
+        let key = |entry: &Entry| {
+            (
+                entry.operation.clone(),
+                entry.time.as_str().unwrap_or_default().to_owned(),
+                entry.manager.clone(),
+                entry.api_version.clone(),
+                entry.subresource.clone(),
+            )
+        };
+        key(one).cmp(&key(other))
+    });
     let list: Vec<Value> = entries
         .into_iter()
-        .filter(|entry| !entry.fields.0.is_empty())
         .map(|entry| {
             let mut json = json!({
                 "manager": entry.manager,
                 "operation": entry.operation,
                 "apiVersion": entry.api_version,
-                "time": entry.time,
                 "fieldsType": "FieldsV1",
                 "fieldsV1": entry.fields.to_json(),
             });
+            if !entry.time.is_null() {
+                json["time"] = entry.time;
+            }
             if !entry.subresource.is_empty() {
                 json["subresource"] = entry.subresource.into();
             }
@@ -408,7 +655,8 @@ fn write_entries(object: &mut Value, entries: Vec<Entry>) {
     }
 }
 
-/// Notes in `new` that `writer` made it from `old` by a create, update or patch.
+/// Notes in `new` that `writer` made it from `old` by a create, update or patch. The owners before
+/// are those that `new` carries, for a client may hand fields over.
 ///
 /// `schema` is the kind's: it says which lists merge.
 pub fn record_update(
@@ -417,53 +665,52 @@ pub fn record_update(
     new: &mut Value,
     writer: &Writer,
 ) {
-    let mut entries = old.map(read_entries).unwrap_or_default();
-    let empty = Value::Null;
-    let old_leaves = leaves(schema, old.unwrap_or(&empty));
-    let new_leaves = leaves(schema, new);
-    let changed: BTreeSet<Path> = new_leaves
-        .0
-        .iter()
-        .filter(|path| {
-            let before = old.and_then(|old| at(old, path));
-            if is_membership(path) {
-                before.is_none()
-            } else {
-                before != at(new, path)
-            }
-        })
-        .cloned()
-        .collect();
-    for entry in &mut entries {
-        entry
-            .fields
-            .0
-            .retain(|path| new_leaves.0.contains(path) && !changed.contains(path));
-    }
-    if old.is_some() && changed.is_empty() && old_leaves.0 == new_leaves.0 {
+    let mut entries = read_entries(new);
+    if old.is_some() && entries.is_empty() {
+        // Nobody notes who owns it, and it stays so until somebody applies.
         write_entries(new, entries);
         return;
     }
-    let own = entries.iter_mut().find(|entry| {
-        entry.manager == writer.manager
-            && entry.operation == "Update"
-            && entry.subresource == writer.subresource
-    });
-    match own {
+    update(schema, old, new, &mut entries, writer);
+    write_entries(new, entries);
+}
+
+fn update(
+    schema: Option<&Value>,
+    old: Option<&Value>,
+    new: &Value,
+    entries: &mut Vec<Entry>,
+    writer: &Writer,
+) {
+    let comparison = Comparison::of(schema, old, new);
+    if comparison.is_empty() {
+        return;
+    }
+    let Comparison {
+        added,
+        modified,
+        removed,
+    } = comparison;
+    let mut taken: BTreeSet<Path> = added.into_iter().chain(modified).collect();
+    for entry in entries.iter_mut() {
+        let is_lost = |path: &Path| taken.contains(path) || removed.contains(path);
+        entry.fields.0.retain(|path| !is_lost(path));
+    }
+    let alone = writer.leaves_alone.map(|field| format!("f:{field}"));
+    taken.retain(|path| !is_identity(path) && path.first() != alone.as_ref());
+    if taken.is_empty() {
+        return;
+    }
+    match entries
+        .iter_mut()
+        .find(|entry| writer.owns(entry, "Update"))
+    {
         Some(entry) => {
-            entry.fields.0.extend(changed);
+            entry.fields.0.extend(taken);
             entry.time = writer.time.clone().into();
         }
-        None => entries.push(Entry {
-            manager: writer.manager.clone(),
-            operation: "Update".to_owned(),
-            subresource: writer.subresource.clone(),
-            api_version: writer.api_version.clone(),
-            time: writer.time.clone().into(),
-            fields: Fields(changed),
-        }),
+        None => entries.push(writer.entry("Update", Fields(taken))),
     }
-    write_entries(new, entries);
 }
 
 /// Applies `applied` on `live` for `writer`: sets its fields, removes those it no longer has and
@@ -480,89 +727,129 @@ pub fn apply(
     force: bool,
 ) -> Result<Value, ApiError> {
     let mut entries = live.map(read_entries).unwrap_or_default();
-    let wanted = leaves(schema, applied);
-    let mut merged = live.cloned().unwrap_or_else(|| json!({"metadata": {}}));
-    let is_own = |entry: &Entry| {
-        entry.manager == writer.manager
-            && entry.operation == "Apply"
-            && entry.subresource == writer.subresource
-    };
+    if let Some(live) = live.filter(|_| entries.is_empty()) {
+        let before = Writer {
+            manager: BEFORE_FIRST_APPLY.to_owned(),
+            subresource: String::new(),
+            ..writer.clone()
+        };
+        update(schema, None, live, &mut entries, &before);
+    }
+    let empty = json!({});
+    let old = unmanaged(live.unwrap_or(&empty));
+    let config = unmanaged(applied);
+    let mut wanted = fields_of(schema, &config);
+    let before = entries
+        .iter()
+        .find(|entry| writer.owns(entry, "Apply"))
+        .map(|entry| entry.fields.clone());
+    // What is sent stays, its name too.
+    let mut managed: BTreeSet<Path> = wanted.0.clone();
+    for entry in entries.iter().filter(|entry| !writer.owns(entry, "Apply")) {
+        managed.extend(entry.fields.0.iter().cloned());
+    }
+    wanted.0.retain(|path| !is_identity(path));
+    let mut new = merge(schema, Some(&old), Some(&config), &mut Vec::new()).unwrap_or(json!({}));
+    if let Some(before) = &before {
+        new = prune(schema, &new, before, &Fields(managed));
+    }
+    let comparison = Comparison::of(schema, Some(&old), &new);
+    let changed: BTreeSet<Path> = comparison
+        .added
+        .iter()
+        .chain(&comparison.modified)
+        .cloned()
+        .collect();
     let mut conflicts: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    if let Some(live) = live {
-        for path in &wanted.0 {
-            if is_membership(path) || at(live, path) == at(applied, path) {
-                continue;
-            }
-            for entry in entries.iter_mut().filter(|entry| !is_own(entry)) {
-                if !entry.fields.touches(path, live) {
-                    continue;
-                }
-                if force {
-                    entry.fields.0.retain(|own| !is_touched(own, path, live));
-                } else {
-                    let owner = format!("\"{}\"", entry.manager);
-                    conflicts.entry(owner).or_default().push(display(path));
-                }
-            }
+    for entry in entries.iter().filter(|entry| !writer.owns(entry, "Apply")) {
+        let fields = entry.fields.0.intersection(&changed);
+        let fields: Vec<String> = fields.map(|path| display(path)).collect();
+        if !fields.is_empty() {
+            conflicts
+                .entry(format!("\"{}\"", entry.manager))
+                .or_default()
+                .extend(fields);
         }
     }
-    if !conflicts.is_empty() {
+    if !force && !conflicts.is_empty() {
         return Err(conflict(&conflicts));
     }
-    let own = entries.iter().find(|entry| is_own(entry));
-    let before = own.map(|entry| entry.fields.clone()).unwrap_or_default();
-    for path in before.0.difference(&wanted.0) {
-        let live = live.unwrap_or(&Value::Null);
-        let others = entries
-            .iter()
-            .any(|entry| !is_own(entry) && entry.fields.touches(path, live));
-        // A leaf that became a map keeps what is below it.
-        if !others && !wanted.touches(path, live) {
-            remove(&mut merged, path);
-        }
+    for entry in entries
+        .iter_mut()
+        .filter(|entry| !writer.owns(entry, "Apply"))
+    {
+        let is_lost = |path: &Path| changed.contains(path) || comparison.removed.contains(path);
+        entry.fields.0.retain(|path| !is_lost(path));
     }
-    let mut content = applied.clone();
-    if let Some(metadata) = content.get_mut("metadata").and_then(Value::as_object_mut) {
-        for field in [
-            "managedFields",
-            "resourceVersion",
-            "uid",
-            "creationTimestamp",
-        ] {
-            metadata.remove(field);
-        }
-    }
-    merge(schema, 0, &mut merged, &content);
-    let unchanged = live.is_some_and(|live| {
-        let strip = |value: &Value| {
-            let mut value = value.clone();
-            if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
-                metadata.remove("managedFields");
-            }
-            value
-        };
-        before == wanted && strip(live) == strip(&merged)
-    });
-    if unchanged {
-        return Ok(merged);
-    }
-    match entries.iter_mut().find(|entry| is_own(entry)) {
+    let is_same = new == old;
+    match entries.iter_mut().find(|entry| writer.owns(entry, "Apply")) {
         Some(entry) => {
             entry.fields = wanted;
-            entry.time = writer.time.clone().into();
             entry.api_version.clone_from(&writer.api_version);
+            if !is_same {
+                entry.time = writer.time.clone().into();
+            }
         }
-        None => entries.push(Entry {
-            manager: writer.manager.clone(),
-            operation: "Apply".to_owned(),
-            subresource: writer.subresource.clone(),
-            api_version: writer.api_version.clone(),
-            time: writer.time.clone().into(),
-            fields: wanted,
-        }),
+        None => {
+            let mut entry = writer.entry("Apply", wanted);
+            if is_same {
+                // It owns what others wrote.
+                entry.time = Value::Null;
+            }
+            entries.push(entry);
+        }
     }
-    write_entries(&mut merged, entries);
-    Ok(merged)
+    if !new.get("metadata").is_some_and(Value::is_object) {
+        new["metadata"] = json!({});
+    }
+    write_entries(&mut new, entries);
+    Ok(new)
+}
+
+/// Without when its fields were written.
+pub(crate) fn without_times(object: &Value) -> Value {
+    let mut object = object.clone();
+    let entries = object.pointer_mut("/metadata/managedFields");
+    for entry in entries.and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Some(entry) = entry.as_object_mut() {
+            entry.remove("time");
+        }
+    }
+    object
+}
+
+/// Without what notes who owns it.
+fn unmanaged(object: &Value) -> Value {
+    let mut object = object.clone();
+    if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("managedFields");
+    }
+    object
+}
+
+/// `merged` without what its applier had before and neither it nor anybody else has now.
+fn prune(schema: Option<&Value>, merged: &Value, before: &Fields, managed: &Fields) -> Value {
+    let remove = |gone: BTreeSet<Path>| without(schema, merged, &Fields(gone), &mut Vec::new());
+    let named = |fields: &Fields| fields.with_named_fields(schema).0;
+    let all = named(&fields_of(schema, merged));
+    let managed = named(managed);
+    let last = named(before);
+    let pruned = remove(last.clone());
+    // Back comes what somebody owns …
+    let left = named(&fields_of(schema, &pruned));
+    let pruned = remove(
+        all.iter()
+            .filter(|path| !left.contains(*path) && !managed.contains(*path))
+            .cloned()
+            .collect(),
+    );
+    // … and what nobody owned, nor the applier before.
+    let left = named(&fields_of(schema, &pruned));
+    remove(
+        all.into_iter()
+            .filter(|path| !left.contains(path) && last.contains(path))
+            .collect(),
+    )
 }
 
 fn conflict(conflicts: &BTreeMap<String, Vec<String>>) -> ApiError {
@@ -579,9 +866,8 @@ fn conflict(conflicts: &BTreeMap<String, Vec<String>>) -> ApiError {
     error.causes = conflicts
         .iter()
         .flat_map(|(owner, fields)| {
-            fields.iter().map(move |field| Cause {
-                field: field.clone(),
-                message: format!("conflict with {owner}"),
+            fields.iter().map(move |field| {
+                Cause::new(field, format!("conflict with {owner}")).because("FieldManagerConflict")
             })
         })
         .collect();
@@ -596,6 +882,7 @@ mod tests {
         Writer {
             manager: manager.to_owned(),
             subresource: String::new(),
+            leaves_alone: None,
             api_version: "v1".to_owned(),
             time: "2026-01-01T00:00:00Z".to_owned(),
         }

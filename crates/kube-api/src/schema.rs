@@ -2,7 +2,14 @@
 
 use serde_json::{Map, Value};
 
-use crate::error::Cause;
+use crate::error::{ApiError, Cause};
+use crate::metadata::{self, Empty};
+
+/// The reason of a cause: a value has another type.
+pub(crate) const WRONG_TYPE: &str = "FieldValueTypeInvalid";
+
+/// What is wrong with a null.
+pub(crate) const NOT_NULL: &str = "must not be null";
 
 /// Fields the schema does not know, removed from `object`, with the one that was probably meant.
 pub fn prune_unknown(schema: &Value, object: &mut Value) -> Vec<Cause> {
@@ -30,45 +37,11 @@ pub fn prune_unknown(schema: &Value, object: &mut Value) -> Vec<Cause> {
     unknown
 }
 
-/// Removes the fields of `metadata` that `ObjectMeta` does not have and returns them.
-pub fn prune_metadata(object: &mut Value) -> Vec<Cause> {
-    const KNOWN: [&str; 15] = [
-        "annotations",
-        "creationTimestamp",
-        "deletionGracePeriodSeconds",
-        "deletionTimestamp",
-        "finalizers",
-        "generateName",
-        "generation",
-        "labels",
-        "managedFields",
-        "name",
-        "namespace",
-        "ownerReferences",
-        "resourceVersion",
-        "selfLink",
-        "uid",
-    ];
-    let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) else {
-        return Vec::new();
-    };
-    let unknown: Vec<String> = metadata
-        .keys()
-        .filter(|key| !KNOWN.contains(&key.as_str()))
-        .cloned()
-        .collect();
-    let properties: Map<String, Value> = KNOWN
-        .map(|key| (key.to_owned(), Value::Null))
-        .into_iter()
-        .collect();
-    let schema = serde_json::json!({"properties": properties});
+/// The same below the root: nothing has rules of its own there. `path` is where `value` is.
+pub(crate) fn prune_unknown_below(schema: &Value, value: &mut Value, path: &str) -> Vec<Cause> {
+    let mut unknown = Vec::new();
+    prune(schema, value, path, &mut unknown);
     unknown
-        .iter()
-        .map(|key| {
-            metadata.remove(key);
-            unknown_field(&schema, "metadata", key)
-        })
-        .collect()
 }
 
 pub(crate) fn property<'a>(schema: &'a Value, key: &str) -> Option<&'a Value> {
@@ -110,17 +83,6 @@ pub(crate) fn list_keys(schema: &Value) -> Vec<&str> {
         .collect()
 }
 
-/// Of object metadata, as far as lists in it merge.
-pub(crate) fn metadata() -> Value {
-    serde_json::json!({"type": "object", "properties": {
-        "finalizers": {"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"},
-            "x-kubernetes-patch-strategy": "merge"},
-        "ownerReferences": {"type": "array", "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["uid"],
-            "x-kubernetes-patch-strategy": "merge", "x-kubernetes-patch-merge-key": "uid",
-            "items": {"type": "object", "x-kubernetes-map-type": "atomic"}},
-    }})
-}
-
 fn preserves(schema: &Value) -> bool {
     let flag = |name: &str| schema.get(name).and_then(Value::as_bool) == Some(true);
     flag("x-kubernetes-preserve-unknown-fields")
@@ -139,10 +101,8 @@ fn unknown_field(schema: &Value, path: &str, key: &str) -> Cause {
         .map(|(_, name)| format!("; did you mean `{name}`?"))
         .unwrap_or_default();
     let field = join(path, key);
-    Cause {
-        message: format!("unknown field \"{field}\"{close}"),
-        field,
-    }
+    let message = format!("unknown field \"{field}\"{close}");
+    Cause::new(field, message)
 }
 
 fn join(path: &str, key: &str) -> String {
@@ -194,97 +154,121 @@ pub fn check(schema: &Value, value: &Value) -> Vec<Cause> {
 }
 
 fn check_at(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) {
-    let mut wrong = |message: String| {
-        causes.push(Cause {
-            field: path.to_owned(),
-            message,
-        });
-    };
+    let flag = |name: &str| schema.get(name).and_then(Value::as_bool) == Some(true);
     if value.is_null() {
-        if schema.get("nullable").and_then(Value::as_bool) != Some(true) && !path.is_empty() {
-            wrong("must not be null".to_owned());
+        if !flag("nullable") && !path.is_empty() {
+            causes.push(Cause::new(path, NOT_NULL).because(WRONG_TYPE));
         }
         return;
     }
-    let int_or_string = schema
-        .get("x-kubernetes-int-or-string")
-        .and_then(Value::as_bool)
-        == Some(true);
     if let Some(wanted) = schema.get("type").and_then(Value::as_str)
-        && !int_or_string
+        && !flag("x-kubernetes-int-or-string")
         && !has_type(value, wanted)
     {
-        wrong(format!(
-            "must be of type {wanted}, not {}",
-            type_name(value)
-        ));
+        let message = format!("must be of type {wanted}, not {}", type_name(value));
+        causes.push(Cause::new(path, message).because(WRONG_TYPE));
+        check_enum(schema, value, path, causes);
         return;
     }
+    if flag("x-kubernetes-int-or-string") && !(value.is_string() || has_type(value, "integer")) {
+        let message = format!("must be a whole number or a text, not {}", type_name(value));
+        causes.push(Cause::new(path, message).because(WRONG_TYPE));
+        return;
+    }
+    check_enum(schema, value, path, causes);
+    check_bounds(schema, value, path, causes);
+    match value {
+        Value::Object(map) => {
+            if flag("x-kubernetes-embedded-resource") {
+                causes.extend(metadata::check_embedded(value, path));
+            }
+            check_object(schema, map, path, causes);
+        }
+        Value::Array(items) => check_items(schema, items, path, causes),
+        _ => {}
+    }
+}
+
+fn check_enum(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) {
     if let Some(allowed) = schema.get("enum").and_then(Value::as_array)
         && !allowed.contains(value)
     {
         let list: Vec<String> = allowed.iter().map(ToString::to_string).collect();
-        wrong(format!(
+        let message = format!(
             "unsupported value {value}: supported values: {}",
             list.join(", ")
-        ));
+        );
+        causes.push(Cause::new(path, message).because("FieldValueNotSupported"));
     }
+}
+
+fn check_bounds(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) {
     if let Some(number) = value.as_f64() {
         let bound = |name: &str| schema.get(name).and_then(Value::as_f64);
         if bound("minimum").is_some_and(|minimum| number < minimum) {
-            wrong(format!("must be at least {}", schema["minimum"]));
+            let message = format!("must be at least {}", schema["minimum"]);
+            causes.push(Cause::new(path, message));
         }
         if bound("maximum").is_some_and(|maximum| number > maximum) {
-            wrong(format!("must be at most {}", schema["maximum"]));
+            let message = format!("must be at most {}", schema["maximum"]);
+            causes.push(Cause::new(path, message));
         }
     }
-    let size = match value {
-        Value::String(text) => Some(("Length", text.chars().count())),
-        Value::Array(items) => Some(("Items", items.len())),
-        Value::Object(map) => Some(("Properties", map.len())),
-        _ => None,
+    let (what, size, too_many) = match value {
+        Value::String(text) => ("Length", text.chars().count(), "FieldValueTooLong"),
+        Value::Array(items) => ("Items", items.len(), "FieldValueTooMany"),
+        Value::Object(map) => ("Properties", map.len(), "FieldValueTooMany"),
+        _ => return,
     };
-    if let Some((what, size)) = size {
-        let bound = |prefix: &str| {
-            let limit = schema
-                .get(format!("{prefix}{what}"))
-                .and_then(Value::as_u64);
-            limit.map(|limit| limit as usize)
-        };
-        if let Some(limit) = bound("min").filter(|limit| size < *limit) {
-            wrong(format!(
-                "has {size} {}, at least {limit} are needed",
-                what.to_lowercase()
-            ));
+    let bound = |prefix: &str| {
+        let limit = schema
+            .get(format!("{prefix}{what}"))
+            .and_then(Value::as_u64);
+        limit.map(|limit| limit as usize)
+    };
+    let what = what.to_lowercase();
+    if let Some(limit) = bound("min").filter(|limit| size < *limit) {
+        let message = format!("has {size} {what}, at least {limit} are needed");
+        causes.push(Cause::new(path, message));
+    }
+    if let Some(limit) = bound("max").filter(|limit| size > *limit) {
+        let message = format!("has {size} {what}, at most {limit} are allowed");
+        causes.push(Cause::new(path, message).because(too_many));
+    }
+}
+
+fn check_items(schema: &Value, items: &[Value], path: &str, causes: &mut Vec<Cause>) {
+    let inner = schema.get("items");
+    for (index, item) in items.iter().enumerate() {
+        let path = format!("{path}[{index}]");
+        if !list_keys(schema).is_empty() && !item.is_object() {
+            let message = "must be an object in a list that merges by keys";
+            causes.push(Cause::new(&path, message));
         }
-        if let Some(limit) = bound("max").filter(|limit| size > *limit) {
-            wrong(format!(
-                "has {size} {}, at most {limit} are allowed",
-                what.to_lowercase()
-            ));
+        if merges_items(schema) && items[..index].contains(item)
+            || has_same_keys(schema, &items[..index], item)
+        {
+            let message = format!("Duplicate value: {item}");
+            causes.push(Cause::new(&path, message).because("FieldValueDuplicate"));
+        }
+        if let Some(schema) = inner {
+            check_at(schema, item, &path, causes);
         }
     }
-    match value {
-        Value::Object(map) => check_object(schema, map, path, causes),
-        Value::Array(items) => {
-            if let Some(schema) = schema.get("items") {
-                for (index, item) in items.iter().enumerate() {
-                    check_at(schema, item, &format!("{path}[{index}]"), causes);
-                }
-            }
-        }
-        _ => {}
-    }
+}
+
+/// Whether a list that merges by keys would have two items of the same ones.
+fn has_same_keys(schema: &Value, before: &[Value], item: &Value) -> bool {
+    let keys = list_keys(schema);
+    let same = |other: &Value| keys.iter().all(|key| other.get(key) == item.get(key));
+    !keys.is_empty() && item.is_object() && before.iter().any(same)
 }
 
 fn check_object(schema: &Value, map: &Map<String, Value>, path: &str, causes: &mut Vec<Cause>) {
     let required = schema.get("required").and_then(Value::as_array);
     for name in required.into_iter().flatten().filter_map(Value::as_str) {
         if !map.contains_key(name) {
-            causes.push(Cause {
-                field: join(path, name),
-                message: "Required value".to_owned(),
-            });
+            causes.push(Cause::required(join(path, name)));
         }
     }
     for (key, value) in map {
@@ -293,6 +277,41 @@ fn check_object(schema: &Value, map: &Map<String, Value>, path: &str, causes: &m
             check_at(schema, value, &join(path, key), causes);
         }
     }
+}
+
+/// Cleans the metadata of the objects inside an object.
+///
+/// # Errors
+/// 400 when one's metadata is none.
+pub(crate) fn clean_embedded(
+    schema: &Value,
+    value: &mut Value,
+    path: &str,
+) -> Result<Vec<Cause>, ApiError> {
+    let mut unknown = Vec::new();
+    match value {
+        Value::Object(_) => {
+            let is_embedded = schema.get("x-kubernetes-embedded-resource");
+            if is_embedded.and_then(Value::as_bool) == Some(true) {
+                let path = format!("{path}.");
+                unknown.extend(metadata::clean(value, &path, Empty::Dropped)?);
+            }
+            for (key, value) in value.as_object_mut().into_iter().flatten() {
+                if let Some(schema) = property(schema, key) {
+                    unknown.extend(clean_embedded(schema, value, &join(path, key))?);
+                }
+            }
+        }
+        Value::Array(items) => {
+            if let Some(schema) = schema.get("items") {
+                for (index, item) in items.iter_mut().enumerate() {
+                    unknown.extend(clean_embedded(schema, item, &format!("{path}[{index}]"))?);
+                }
+            }
+        }
+        _ => {}
+    }
+    Ok(unknown)
 }
 
 fn has_type(value: &Value, wanted: &str) -> bool {
@@ -320,16 +339,50 @@ const fn type_name(value: &Value) -> &'static str {
     }
 }
 
+fn is_nullable(schema: &Value) -> bool {
+    schema.get("nullable").and_then(Value::as_bool) == Some(true)
+}
+
+/// Removes each null that the schema does not allow: it says no more than that there is no value.
+pub(crate) fn drop_nulls(schema: &Value, value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|key, value| {
+                !value.is_null() || property(schema, key).is_none_or(is_nullable)
+            });
+            for (key, value) in map {
+                if let Some(inner) = property(schema, key) {
+                    drop_nulls(inner, value);
+                }
+            }
+        }
+        Value::Array(items) => {
+            if let Some(inner) = schema.get("items") {
+                for item in items {
+                    drop_nulls(inner, item);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
 /// Fills in the schema's defaults where an object has no value.
 pub fn fill_defaults(schema: &Value, value: &mut Value) {
     match value {
         Value::Object(map) => {
             let properties = schema.get("properties").and_then(Value::as_object);
             for (key, inner) in properties.into_iter().flatten() {
-                if let (false, Some(default)) = (map.contains_key(key), inner.get("default")) {
+                let is_missing = match map.get(key) {
+                    None => true,
+                    Some(value) => value.is_null() && !is_nullable(inner),
+                };
+                if let (true, Some(default)) = (is_missing, inner.get("default")) {
                     map.insert(key.clone(), default.clone());
                 }
-                if let Some(value) = map.get_mut(key) {
+            }
+            for (key, value) in map {
+                if let Some(inner) = property(schema, key) {
                     fill_defaults(inner, value);
                 }
             }
@@ -372,15 +425,6 @@ mod tests {
         assert!(unknown[1].message.contains("did you mean `size`?"));
         assert_eq!(object["spec"]["free"]["deep"]["er"], 1);
         assert!(object["spec"].get("sise").is_none());
-    }
-
-    #[test]
-    fn unknown_metadata_is_found_with_the_likely_one() {
-        let mut object = json!({"metadata": {"name": "a", "lables": {}}});
-        let unknown = prune_metadata(&mut object);
-        assert_eq!(unknown[0].field, "metadata.lables");
-        assert!(unknown[0].message.contains("did you mean `labels`?"));
-        assert_eq!(object, json!({"metadata": {"name": "a"}}));
     }
 
     #[test]

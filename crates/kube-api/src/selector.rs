@@ -3,12 +3,15 @@
 use serde_json::Value;
 
 use crate::error::ApiError;
+use crate::metadata;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Requirement {
     In(String, Vec<String>),
     NotIn(String, Vec<String>),
     Exists(String),
+    Greater(String, i64),
+    Less(String, i64),
     Absent(String),
 }
 
@@ -27,10 +30,12 @@ impl LabelSelector {
     /// # Errors
     /// 400 with the part that is wrong.
     pub fn parse(text: &str) -> Result<Self, ApiError> {
+        if text.trim().is_empty() {
+            return Ok(Self::default());
+        }
         split_outside_parentheses(text)
             .into_iter()
             .map(str::trim)
-            .filter(|part| !part.is_empty())
             .map(requirement)
             .collect::<Result<_, _>>()
             .map(Self)
@@ -38,6 +43,7 @@ impl LabelSelector {
 
     /// Whether an object's labels satisfy it.
     pub fn matches(&self, object: &Value) -> bool {
+        let number = |label: Option<&str>| label.and_then(|text| text.parse::<i64>().ok());
         let label = |key: &str| {
             object
                 .get("metadata")
@@ -53,6 +59,8 @@ impl LabelSelector {
                 label(key).is_none_or(|value| values.iter().all(|v| v != value))
             }
             Requirement::Exists(key) => label(key).is_some(),
+            Requirement::Greater(key, bound) => number(label(key)).is_some_and(|n| n > *bound),
+            Requirement::Less(key, bound) => number(label(key)).is_some_and(|n| n < *bound),
             Requirement::Absent(key) => label(key).is_none(),
         })
     }
@@ -79,11 +87,16 @@ fn requirement(part: &str) -> Result<Requirement, ApiError> {
     let wrong = || ApiError::bad_request(format!("unable to parse requirement: `{part}`"));
     let key = |text: &str| {
         let text = text.trim();
-        let good = !text.is_empty()
-            && text
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || "-_./".contains(c));
+        let good = metadata::is_key(text);
         if good {
+            Ok(text.to_owned())
+        } else {
+            Err(wrong())
+        }
+    };
+    let value = |text: &str| {
+        let text = text.trim();
+        if text.is_empty() || metadata::is_word(text) {
             Ok(text.to_owned())
         } else {
             Err(wrong())
@@ -94,7 +107,7 @@ fn requirement(part: &str) -> Result<Requirement, ApiError> {
     }
     if let Some(open) = part.find('(') {
         let list = part[open + 1..].strip_suffix(')').ok_or_else(wrong)?;
-        let values = list.split(',').map(|v| v.trim().to_owned()).collect();
+        let values = list.split(',').map(value).collect::<Result<_, _>>()?;
         let words: Vec<&str> = part[..open].split_whitespace().collect();
         return match &words[..] {
             [name, "in"] => Ok(Requirement::In(key(name)?, values)),
@@ -102,14 +115,18 @@ fn requirement(part: &str) -> Result<Requirement, ApiError> {
             _ => Err(wrong()),
         };
     }
-    if let Some((name, value)) = part.split_once("!=") {
-        return Ok(Requirement::NotIn(
-            key(name)?,
-            vec![value.trim().to_owned()],
-        ));
+    if let Some((name, text)) = part.split_once("!=") {
+        return Ok(Requirement::NotIn(key(name)?, vec![value(text)?]));
     }
-    if let Some((name, value)) = part.split_once("==").or_else(|| part.split_once('=')) {
-        return Ok(Requirement::In(key(name)?, vec![value.trim().to_owned()]));
+    if let Some((name, text)) = part.split_once("==").or_else(|| part.split_once('=')) {
+        return Ok(Requirement::In(key(name)?, vec![value(text)?]));
+    }
+    let number = |text: &str| text.trim().parse::<i64>().map_err(|_| wrong());
+    if let Some((name, bound)) = part.split_once('>') {
+        return Ok(Requirement::Greater(key(name)?, number(bound)?));
+    }
+    if let Some((name, bound)) = part.split_once('<') {
+        return Ok(Requirement::Less(key(name)?, number(bound)?));
     }
     Ok(Requirement::Exists(key(part)?))
 }

@@ -14,6 +14,7 @@ use crate::discovery;
 use crate::error::{ApiError, Cause};
 use crate::kinds::{Kind, Registry};
 use crate::managed::Writer;
+use crate::openapi_v2;
 use crate::selector::{FieldSelector, LabelSelector};
 use crate::store::{Event, EventKind, Freshness, Listing, Read, Store};
 use crate::strategic;
@@ -28,6 +29,9 @@ const WATCH_TIME: Duration = Duration::from_secs(45 * 60);
 const BOOKMARK_INTERVAL: Duration = Duration::from_secs(30);
 /// Lists of all kinds return at most this many objects at once.
 const LIST_MAX: usize = 50_000;
+
+/// The name of a field manager has at most this many bytes, as in Kubernetes.
+const MANAGER_BYTES_MAX: usize = 128;
 
 /// Checks and completes what is written, kind by kind.
 #[async_trait]
@@ -158,14 +162,42 @@ impl Query {
         )
     }
 
-    pub(crate) fn dry_run(&self) -> Result<bool, ApiError> {
-        match self.get("dryRun") {
-            None => Ok(false),
-            Some("All") => Ok(true),
-            Some(other) => Err(ApiError::bad_request(format!(
-                "dryRun={other} is not supported: write dryRun=All"
-            ))),
+    pub(crate) fn dry_run(&self) -> bool {
+        self.get("dryRun").is_some()
+    }
+
+    /// Checks the options of a write, which are `CreateOptions`, `UpdateOptions` or `PatchOptions`.
+    fn check_options(&self, name: &str, is_apply: bool) -> Result<(), ApiError> {
+        let mut causes = Vec::new();
+        if self.get("dryRun").is_some_and(|value| value != "All") {
+            causes.push(not_supported("dryRun", "All"));
         }
+        let allowed = ["Ignore", "Strict", "Warn"];
+        if self
+            .get("fieldValidation")
+            .is_some_and(|value| !allowed.contains(&value))
+        {
+            causes.push(not_supported("fieldValidation", &allowed.join(", ")));
+        }
+        let manager = self.get("fieldManager");
+        if manager.is_some_and(|manager| manager.len() > MANAGER_BYTES_MAX) {
+            let message = format!("has more than {MANAGER_BYTES_MAX} bytes");
+            causes.push(Cause::new("fieldManager", message).because("FieldValueTooLong"));
+        }
+        if is_apply && manager.is_none() {
+            causes.push(
+                Cause::new(
+                    "fieldManager",
+                    "Required value: is required for apply patch",
+                )
+                .because("FieldValueRequired"),
+            );
+        }
+        if name == "PatchOptions" && !is_apply && self.get("force").is_some() {
+            let message = "may not be specified for a patch that is no apply";
+            causes.push(Cause::new("force", message).because("FieldValueForbidden"));
+        }
+        refuse_options(name, causes)
     }
 
     fn freshness(&self) -> Result<Freshness, ApiError> {
@@ -174,6 +206,22 @@ impl Query {
             Some("0") => Ok(Freshness::Any),
             Some(text) => Ok(Freshness::AtLeast(number(text)?)),
         }
+    }
+}
+
+fn not_supported(field: &str, supported: &str) -> Cause {
+    Cause::new(
+        field,
+        format!("Unsupported value: supported values: {supported}"),
+    )
+    .because("FieldValueNotSupported")
+}
+
+fn refuse_options(name: &str, causes: Vec<Cause>) -> Result<(), ApiError> {
+    if causes.is_empty() {
+        Ok(())
+    } else {
+        Err(ApiError::invalid("meta.k8s.io", name, "", causes))
     }
 }
 
@@ -228,6 +276,9 @@ impl Service {
             })
             .collect();
         let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
+        if parts.method == Method::GET && segments == ["openapi", "v2"] {
+            return Ok(openapi_v2::answer(&parts.headers));
+        }
         if parts.method == Method::GET
             && let Some(document) = self.document(&segments)
         {
@@ -236,9 +287,21 @@ impl Service {
         let target = self
             .resolve(&segments)
             .ok_or_else(|| ApiError::no_such_path(&path))?;
+        if !accepts_json(&parts.headers) {
+            return Err(ApiError::new(
+                406,
+                "NotAcceptable",
+                "only the following media types are accepted: application/json",
+            ));
+        }
         if !matches!(target.subresource.as_str(), "" | "status")
             || (target.subresource == "status" && !target.kind.status)
         {
+            if target.kind.is_custom() {
+                let name = target.name.as_deref().unwrap_or_default();
+                let kind = &target.kind;
+                return Err(ApiError::not_found(&kind.group, &kind.plural, name));
+            }
             return Err(ApiError::new(
                 501,
                 "NotImplemented",
@@ -341,6 +404,7 @@ impl Service {
                         kind.plural
                     )));
                 }
+                query.check_options("CreateOptions", false)?;
                 let object = parse_body(headers, body).await?;
                 let writer = writer(headers, &target, &query, "");
                 let (object, warnings) =
@@ -351,35 +415,28 @@ impl Service {
                 ))
             }
             (&Method::PUT, Some(_)) => {
+                query.check_options("UpdateOptions", false)?;
                 let object = parse_body(headers, body).await?;
                 let writer = writer(headers, &target, &query, "");
                 let change = Change::Replace(object);
                 self.change(headers, &target, &query, change, &writer).await
             }
-            (&Method::PATCH, Some(_)) => {
+            (&Method::PATCH, Some(name)) => {
                 let media = media_type(headers);
-                let change = match media.as_str() {
-                    "application/merge-patch+json" => {
-                        Change::Merge(parse_body(headers, body).await?)
-                    }
-                    "application/json-patch+json" => Change::Json(parse_body(headers, body).await?),
-                    "application/apply-patch+yaml" | "application/apply-patch+cbor" => {
-                        Change::Apply(parse_body(headers, body).await?)
-                    }
-                    "application/strategic-merge-patch+json"
-                        if strategic::is_supported(kind.schema.as_ref()) =>
-                    {
-                        Change::Strategic(parse_body(headers, body).await?)
-                    }
-                    "application/strategic-merge-patch+json" => {
-                        return Err(ApiError::unsupported_media_type(
-                            "strategic merge patch is not supported here; use merge patch (kubectl patch --type=merge), JSON patch or server-side apply",
-                        ));
-                    }
-                    other => {
-                        return Err(ApiError::unsupported_media_type(format!(
-                            "`{other}` is no patch that is supported: application/merge-patch+json, application/json-patch+json, application/apply-patch+yaml"
-                        )));
+                let is_apply = media.starts_with("application/apply-patch");
+                query.check_options("PatchOptions", is_apply)?;
+                let kind_of = patch_kind(&media, &kind)?;
+                let change = match parse_patch(headers, body).await {
+                    Ok(patch) => kind_of(patch),
+                    Err(error) => {
+                        // A patch is read when there is something to patch.
+                        if !is_apply {
+                            let namespace = target.namespace.as_deref();
+                            self.store
+                                .get(&kind, namespace, name, Freshness::Latest)
+                                .await?;
+                        }
+                        return Err(error);
                     }
                 };
                 let writer = writer(headers, &target, &query, "");
@@ -387,7 +444,7 @@ impl Service {
             }
             (&Method::DELETE, Some(_)) => {
                 let options = delete_options(headers, &query, body).await?;
-                let (object, gone) = write::delete(self, &target, &query, &options).await?;
+                let (object, gone) = write::delete(self, &target, &options).await?;
                 if gone {
                     let body = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
                         "details": {"name": target.name, "group": kind.group, "kind": kind.plural,
@@ -444,8 +501,9 @@ impl Service {
                 name: text("/metadata/name").map(ToOwned::to_owned),
                 ..target.clone()
             };
-            let (object, _) = write::delete(self, &one, query, options).await?;
-            items.push((*object).clone());
+            write::delete(self, &one, options).await?;
+            // As they were, like in Kubernetes: a client counts them.
+            items.push(typed(&target.kind, &object));
         }
         Ok(respond(
             200,
@@ -462,9 +520,11 @@ impl Service {
         query: &Query,
         object: &Value,
     ) -> Response<Body> {
-        if !wants_table(headers) {
-            return respond(code, &typed(&target.kind, object));
-        }
+        let include = match include(query) {
+            Ok(include) if wants_table(headers) => include,
+            Err(error) if wants_table(headers) => return failure(&error),
+            _ => return respond(code, &typed(&target.kind, object)),
+        };
         let object = typed(&target.kind, object);
         let revision = object
             .pointer("/metadata/resourceVersion")
@@ -475,7 +535,7 @@ impl Service {
             &target.kind,
             std::slice::from_ref(&object),
             &revision,
-            include(query),
+            include,
             true,
             jiff::Timestamp::now(),
         );
@@ -489,6 +549,13 @@ impl Service {
         query: &Query,
     ) -> Result<Response<Body>, ApiError> {
         let (labels, fields) = selectors(query)?;
+        // It is not taken (docs/adr/0005), but has to be one.
+        if query
+            .get("limit")
+            .is_some_and(|limit| limit.parse::<i64>().is_err())
+        {
+            return Err(ApiError::bad_request("limit is not a number"));
+        }
         let Listing { items, revision } = self
             .store
             .list(
@@ -508,7 +575,7 @@ impl Service {
                 &target.kind,
                 &items,
                 &revision.to_string(),
-                include(query),
+                include(query)?,
                 true,
                 jiff::Timestamp::now(),
             );
@@ -558,7 +625,7 @@ impl Service {
             target: target.clone(),
             labels,
             fields,
-            table: wants_table(headers).then(|| include(query)),
+            table: wants_table(headers).then(|| include(query)).transpose()?,
             bookmarks: query.flag("allowWatchBookmarks"),
             sender,
         };
@@ -717,6 +784,26 @@ impl Watch {
     }
 }
 
+/// What a patch of this media type does.
+fn patch_kind(media: &str, kind: &Kind) -> Result<fn(Value) -> Change, ApiError> {
+    match media {
+        "application/merge-patch+json" => Ok(Change::Merge),
+        "application/json-patch+json" => Ok(Change::Json),
+        "application/apply-patch+yaml" | "application/apply-patch+cbor" => Ok(Change::Apply),
+        "application/strategic-merge-patch+json"
+            if strategic::is_supported(kind.schema.as_ref()) =>
+        {
+            Ok(Change::Strategic)
+        }
+        "application/strategic-merge-patch+json" => Err(ApiError::unsupported_media_type(
+            "strategic merge patch is not supported here; use merge patch (kubectl patch --type=merge), JSON patch or server-side apply",
+        )),
+        other => Err(ApiError::unsupported_media_type(format!(
+            "`{other}` is no patch that is supported: application/merge-patch+json, application/json-patch+json, application/apply-patch+yaml"
+        ))),
+    }
+}
+
 /// An object with the `apiVersion` and `kind` it is asked under.
 fn typed(kind: &Kind, object: &Value) -> Value {
     let mut object = object.clone();
@@ -749,12 +836,28 @@ fn wants_table(headers: &HeaderMap) -> bool {
     accept.contains("as=Table") && accept.contains("v=v1")
 }
 
-fn include(query: &Query) -> Include {
+fn include(query: &Query) -> Result<Include, ApiError> {
     match query.get("includeObject") {
-        Some("None") => Include::None,
-        Some("Object") => Include::Object,
-        _ => Include::Metadata,
+        Some("None") => Ok(Include::None),
+        Some("Object") => Ok(Include::Object),
+        None | Some("Metadata") => Ok(Include::Metadata),
+        Some(other) => Err(ApiError::bad_request(format!(
+            "includeObject={other} is not None, Metadata or Object"
+        ))),
     }
+}
+
+/// Whether an answer in JSON is acceptable.
+fn accepts_json(headers: &HeaderMap) -> bool {
+    let accept = headers
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let is_good = |part: &str| {
+        let media = part.split(';').next().unwrap_or_default().trim();
+        matches!(media, "application/json" | "application/*" | "*/*")
+    };
+    accept.trim().is_empty() || accept.split(',').any(is_good)
 }
 
 fn media_type(headers: &HeaderMap) -> String {
@@ -783,6 +886,11 @@ fn writer(headers: &HeaderMap, target: &Target, query: &Query, default: &str) ->
     Writer {
         manager: manager.chars().take(128).collect(),
         subresource: target.subresource.clone(),
+        leaves_alone: match target.subresource.as_str() {
+            "status" => Some("spec"),
+            _ if target.kind.status => Some("status"),
+            _ => None,
+        },
         api_version: target.kind.api_version(),
         time: table::whole_seconds(jiff::Timestamp::now()),
     }
@@ -798,39 +906,69 @@ fn with_warnings(mut response: Response<Body>, warnings: &[Cause]) -> Response<B
     response
 }
 
-/// `DeleteOptions` of the body, completed by those of the query.
+/// `DeleteOptions`: those of the body, or without one those of the query.
 async fn delete_options(headers: &HeaderMap, query: &Query, body: Body) -> Result<Value, ApiError> {
-    let mut options = match parse_body(headers, body).await? {
-        Value::Null => json!({}),
+    let options = match parse_body(headers, body).await? {
+        Value::Null => {
+            let mut options = json!({});
+            for field in ["propagationPolicy", "gracePeriodSeconds"] {
+                if let Some(text) = query.get(field) {
+                    options[field] = text
+                        .parse::<i64>()
+                        .map_or_else(|_| text.into(), Value::from);
+                }
+            }
+            if let Some(text) = query.get("dryRun") {
+                options["dryRun"] = json!([text]);
+            }
+            options
+        }
         options @ Value::Object(_) => options,
         _ => return Err(ApiError::bad_request("DeleteOptions are an object")),
     };
-    for field in ["propagationPolicy", "gracePeriodSeconds"] {
-        if let (None, Some(text)) = (options.get(field), query.get(field)) {
-            options[field] = text
-                .parse::<i64>()
-                .map_or_else(|_| text.into(), Value::from);
-        }
+    let mut causes = Vec::new();
+    let policies = ["Background", "Foreground", "Orphan"];
+    let policy = options.get("propagationPolicy").and_then(Value::as_str);
+    if policy.is_some_and(|policy| !policies.contains(&policy)) {
+        causes.push(not_supported("propagationPolicy", &policies.join(", ")));
     }
+    let runs = options.get("dryRun").and_then(Value::as_array);
+    if runs.is_some_and(|runs| runs.iter().any(|run| run != "All")) {
+        causes.push(not_supported("dryRun", "All"));
+    }
+    refuse_options("DeleteOptions", causes)?;
     Ok(options)
 }
 
-/// Reads a body of JSON or YAML within its limit.
+/// Reads a body of JSON or YAML within its limit; an empty one is null.
 pub(crate) async fn parse_body(headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
+    parse(&read_body(headers, body).await?)
+}
+
+/// The same of a patch, which is never empty.
+async fn parse_patch(headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
+    let bytes = read_body(headers, body).await?;
+    if bytes.is_empty() {
+        return Err(ApiError::bad_request("a patch needs a body"));
+    }
+    parse(&bytes)
+}
+
+async fn read_body(headers: &HeaderMap, body: Body) -> Result<axum::body::Bytes, ApiError> {
     let media = media_type(headers);
-    if media.contains("protobuf") || media.contains("cbor") {
+    let is_text = media.ends_with("json") || media.ends_with("yaml");
+    if !is_text {
         return Err(ApiError::unsupported_media_type(format!(
             "`{media}` is not supported: send JSON or YAML"
         )));
     }
-    let bytes = axum::body::to_bytes(body, BODY_BYTES_MAX)
+    axum::body::to_bytes(body, BODY_BYTES_MAX)
         .await
         .map_err(|_| {
             ApiError::too_large(format!(
                 "the request has more than {BODY_BYTES_MAX} bytes; split it"
             ))
-        })?;
-    parse(&bytes)
+        })
 }
 
 /// Reads one JSON or YAML document; depth and aliases are bounded.
@@ -843,10 +981,18 @@ pub fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
     if text.trim().is_empty() {
         return Ok(Value::Null);
     }
-    if text.trim_start().starts_with(['{', '[']) {
-        return crate::json::parse(text)
-            .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")));
-    }
+    let value = if text.trim_start().starts_with(['{', '[']) {
+        crate::json::parse(text)
+            .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))
+    } else {
+        yaml(text)
+    };
+    let mut value = value?;
+    whole_numbers(&mut value);
+    Ok(value)
+}
+
+fn yaml(text: &str) -> Result<Value, ApiError> {
     serde_saphyr::from_str(text).map_err(|error| {
         let mut inner = error.without_snippet();
         while let serde_saphyr::Error::AliasError { error, .. } = inner {
@@ -872,4 +1018,21 @@ pub fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
         };
         ApiError::bad_request(format!("the body is not YAML: {text}"))
     })
+}
+
+/// `1.0` is kept as `1`, as in Kubernetes: who writes the one for the other changes nothing.
+fn whole_numbers(value: &mut Value) {
+    /// Up to here every whole number is a float of its own.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            let float = number.as_f64().unwrap_or_default();
+            if float.fract() == 0.0 && float.abs() < EXACT {
+                *value = (float as i64).into();
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(whole_numbers),
+        Value::Object(map) => map.values_mut().for_each(whole_numbers),
+        _ => {}
+    }
 }

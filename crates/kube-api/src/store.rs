@@ -483,6 +483,7 @@ pub fn modified(kind: &Kind, name: &str) -> ApiError {
         "Operation cannot be fulfilled on {} \"{name}\": the object has been modified; please apply your changes to the latest version and try again",
         kind.plural
     ))
+    .about(&kind.group, &kind.plural, name)
 }
 
 #[async_trait]

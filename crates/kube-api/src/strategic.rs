@@ -8,7 +8,7 @@
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
-use crate::schema;
+use crate::{metadata, schema};
 
 const STRATEGY: &str = "x-kubernetes-patch-strategy";
 const MERGE_KEY: &str = "x-kubernetes-patch-merge-key";
@@ -90,10 +90,8 @@ fn merge_map(
         }
     }
     for (key, value) in patch.iter().filter(|(key, _)| !key.starts_with('$')) {
-        let metadata;
         let inner = if depth == 0 && key == "metadata" {
-            metadata = schema::metadata();
-            Some(&metadata)
+            Some(metadata::schema())
         } else {
             schema.and_then(|schema| schema::property(schema, key))
         };

@@ -37,7 +37,7 @@ pub fn table(
             cells.extend(kind.columns.iter().map(|column| cell(column, object, now)));
             let mut row = json!({"cells": cells});
             match include {
-                Include::None => {}
+                Include::None => row["object"] = Value::Null,
                 Include::Metadata => {
                     row["object"] = json!({
                         "kind": "PartialObjectMetadata",
@@ -54,14 +54,9 @@ pub fn table(
         "name": "Name", "type": "string", "format": "name", "description": "Name of the object", "priority": 0
     })];
     definitions.extend(kind.columns.iter().map(|column| {
-        let kind = if column.kind == "date" {
-            "string"
-        } else {
-            &column.kind
-        };
         json!({
             "name": column.name,
-            "type": kind,
+            "type": column.kind,
             "format": "",
             "description": column.description,
             "priority": column.priority,
@@ -70,7 +65,7 @@ pub fn table(
     json!({
         "kind": "Table",
         "apiVersion": "meta.k8s.io/v1",
-        "metadata": {"resourceVersion": revision},
+        "metadata": if revision.is_empty() { json!({}) } else { json!({"resourceVersion": revision}) },
         "columnDefinitions": if headings { definitions } else { Vec::new() },
         "rows": rows,
     })
@@ -87,13 +82,17 @@ fn cell(column: &Column, object: &Value, now: Timestamp) -> Value {
             .and_then(|value| value.as_str().map(ToOwned::to_owned));
         return text
             .and_then(|text| text.parse::<Timestamp>().ok())
-            .map_or_else(|| "<unknown>".into(), |time| age(time, now).into());
+            .map_or(Value::Null, |time| age(time, now).into());
     }
-    match &found[..] {
-        [] => Value::Null,
-        [one] if one.is_number() || one.is_boolean() || one.is_null() => one.clone(),
-        [one] => plain(one).into(),
-        many => many.iter().map(plain).collect::<Vec<_>>().join(",").into(),
+    match (column.kind.as_str(), &found[..]) {
+        (_, [] | [Value::Null]) => Value::Null,
+        ("integer" | "number", [one, ..]) => Some(one.clone())
+            .filter(Value::is_number)
+            .unwrap_or_default(),
+        ("boolean", [one, ..]) => Some(one.clone())
+            .filter(Value::is_boolean)
+            .unwrap_or_default(),
+        (_, many) => many.iter().map(plain).collect::<Vec<_>>().join(",").into(),
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{ApiError, Cause};
 use crate::kinds::Kind;
 use crate::managed::{self, Writer};
+use crate::metadata::{self as object_metadata, Empty};
 use crate::schema;
 use crate::service::{FieldValidation, Hold, Query, Service, Target};
 use crate::store::{Freshness, revision_of};
@@ -66,14 +67,28 @@ pub(crate) async fn create(
     if text(&object, "/metadata/name").is_none()
         && let Some(prefix) = generated
     {
-        let id = uuid::Uuid::new_v4().simple().to_string();
-        metadata(&mut object).insert("name".to_owned(), format!("{prefix}{}", &id[..5]).into());
+        let name = object_metadata::generate_name(&prefix);
+        metadata(&mut object).insert("name".to_owned(), name.into());
     }
-    let (object, warnings) = prepare_new(service, target, query, object).await?;
-    let mut object = object;
+    drop_nulls(&target.kind, &mut object);
+    let (mut object, warnings) = prepare_new(service, target, query, object).await?;
     managed::record_update(target.kind.schema.as_ref(), None, &mut object, writer);
-    if query.dry_run()? {
-        return Ok((Arc::new(object), warnings));
+    if query.dry_run() {
+        let name = text(&object, "/metadata/name").unwrap_or_default();
+        let namespace = target.namespace.as_deref();
+        let found = service
+            .store
+            .get(&target.kind, namespace, name, Freshness::Latest)
+            .await;
+        return match found {
+            Ok(_) => Err(ApiError::already_exists(
+                &target.kind.group,
+                &target.kind.plural,
+                name,
+            )),
+            Err(error) if error.code == 404 => Ok((Arc::new(object), warnings)),
+            Err(error) => Err(error),
+        };
     }
     Ok((service.store.create(&target.kind, object).await?, warnings))
 }
@@ -85,14 +100,9 @@ async fn prepare_new(
     mut object: Value,
 ) -> Result<(Value, Vec<Cause>), ApiError> {
     let kind = &target.kind;
-    let warnings = check_fields(service, query, kind, &mut object)?;
+    let warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)?;
     fill_defaults(kind, &mut object);
     name_in_place(target, &mut object)?;
-    if text(&object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty()) {
-        return Err(ApiError::bad_request(
-            "resourceVersion should not be set on objects to be created",
-        ));
-    }
     if kind.status
         && let Some(map) = object.as_object_mut()
     {
@@ -102,18 +112,23 @@ async fn prepare_new(
     for field in [
         "managedFields",
         "deletionTimestamp",
+        "deletionGracePeriodSeconds",
         "selfLink",
-        "resourceVersion",
     ] {
         map.remove(field);
     }
     map.insert("uid".to_owned(), uuid::Uuid::new_v4().to_string().into());
     map.insert("creationTimestamp".to_owned(), now().into());
     map.insert("generation".to_owned(), 1.into());
-    validate(kind, &object)?;
+    validate(kind, &object, Vec::new())?;
+    if text(&object, "/metadata/resourceVersion").is_some_and(|rv| !rv.is_empty()) {
+        return Err(ApiError::bad_request(
+            "resourceVersion should not be set on objects to be created",
+        ));
+    }
     service
         .admission
-        .admit(kind, None, &mut object, "", query.dry_run()?)
+        .admit(kind, None, &mut object, "", query.dry_run())
         .await?;
     Ok((object, warnings))
 }
@@ -130,12 +145,16 @@ fn check_type(kind: &Kind, object: &Value) -> Result<(), ApiError> {
         ("kind", kind.kind.clone()),
     ] {
         let found = object.get(field).and_then(Value::as_str);
-        // As the API server does it: the path stands in for its own kinds only.
-        let own = !kind.group.contains('.') || kind.group.ends_with(".k8s.io");
-        if found.is_none() && !own {
+        if found.is_none_or(str::is_empty) && kind.is_custom() {
             return Err(ApiError::bad_request(format!(
-                "the body has no {field}: write `{field}: {wanted}`"
+                "the body has no {field}; it is `{wanted}` here"
             )));
+        }
+        if found.is_some_and(|found| found != wanted) && field == "kind" && kind.is_custom() {
+            let other = found.unwrap_or_default();
+            let name = text(object, "/metadata/name").unwrap_or_default();
+            let cause = Cause::new("kind", format!("must be {wanted}"));
+            return Err(ApiError::invalid(&kind.group, other, name, vec![cause]));
         }
         if found.is_some_and(|found| found != wanted) {
             return Err(ApiError::bad_request(format!(
@@ -173,20 +192,21 @@ fn name_in_place(target: &Target, object: &mut Value) -> Result<(), ApiError> {
         (Some(name), Some(given)) if *name != given => Err(ApiError::bad_request(format!(
             "the name of the object ({given}) does not match the name on the URL ({name})"
         ))),
+        (Some(name), None) if kind.is_custom() => Err(ApiError::bad_request(format!(
+            "the object has no name, the one on the URL is {name}"
+        ))),
         (Some(name), _) => {
             map.insert("name".to_owned(), name.clone().into());
             Ok(())
         }
-        (None, Some(_)) => Ok(()),
-        (None, None) => Err(ApiError::invalid(
-            &kind.group,
-            &kind.kind,
-            "",
-            vec![Cause {
-                field: "metadata.name".to_owned(),
-                message: "Required value: name or generateName is required".to_owned(),
-            }],
-        )),
+        // Whether it has a name at all is checked with all the rest.
+        (None, _) => Ok(()),
+    }
+}
+
+fn drop_nulls(kind: &Kind, object: &mut Value) {
+    if let Some(schema) = &kind.schema {
+        schema::drop_nulls(schema, object);
     }
 }
 
@@ -201,23 +221,20 @@ fn check_fields(
     query: &Query,
     kind: &Kind,
     object: &mut Value,
+    empty: Empty,
 ) -> Result<Vec<Cause>, ApiError> {
     let mode = match query.get("fieldValidation") {
         None => service.field_validation,
         Some("Ignore") => FieldValidation::Ignore,
         Some("Warn") => FieldValidation::Warn,
-        Some("Strict") => FieldValidation::Strict,
-        Some(other) => {
-            return Err(ApiError::bad_request(format!(
-                "fieldValidation={other} is not Ignore, Warn or Strict"
-            )));
-        }
+        // Anything else was refused before.
+        Some(_) => FieldValidation::Strict,
     };
-    let Some(wanted) = &kind.schema else {
-        return Ok(Vec::new());
-    };
-    let mut unknown = schema::prune_unknown(wanted, object);
-    unknown.extend(schema::prune_metadata(object));
+    let mut unknown = object_metadata::clean(object, "", empty)?;
+    if let Some(wanted) = &kind.schema {
+        unknown.extend(schema::clean_embedded(wanted, object, "")?);
+        unknown.extend(schema::prune_unknown(wanted, object));
+    }
     match mode {
         FieldValidation::Ignore => Ok(Vec::new()),
         FieldValidation::Warn => Ok(unknown),
@@ -247,8 +264,10 @@ fn check_fields(
     }
 }
 
-fn validate(kind: &Kind, object: &Value) -> Result<(), ApiError> {
-    let mut causes = check_metadata(object);
+fn validate(kind: &Kind, object: &Value, changes: Vec<Cause>) -> Result<(), ApiError> {
+    let metadata = object.get("metadata").unwrap_or(&Value::Null);
+    let mut causes = object_metadata::check(kind, metadata, "metadata");
+    causes.extend(changes);
     if let Some(wanted) = &kind.schema {
         causes.extend(schema::check(wanted, object));
     }
@@ -258,54 +277,63 @@ fn validate(kind: &Kind, object: &Value) -> Result<(), ApiError> {
     let more = causes.len().saturating_sub(CAUSES_MAX);
     causes.truncate(CAUSES_MAX);
     if more > 0 {
-        causes.push(Cause {
-            field: String::new(),
-            message: format!("and {more} more places are wrong"),
-        });
+        let message = format!("and {more} more places are wrong");
+        causes.push(Cause::new("", message));
     }
     let name = text(object, "/metadata/name").unwrap_or_default();
     Err(ApiError::invalid(&kind.group, &kind.kind, name, causes))
 }
 
-fn check_metadata(object: &Value) -> Vec<Cause> {
-    let mut causes = Vec::new();
-    let mut wrong = |field: &str, message: &str| {
-        causes.push(Cause {
-            field: field.to_owned(),
-            message: message.to_owned(),
-        });
-    };
-    let name = text(object, "/metadata/name").unwrap_or_default();
-    // Path segments, as RBAC objects and others use them; kinds with stricter rules check more.
-    if name.is_empty()
-        || name.len() > 253
-        || name == "."
-        || name == ".."
-        || name.contains(['/', '%'])
-    {
-        wrong(
-            "metadata.name",
-            "must have 1 to 253 characters and neither `/` nor `%`",
-        );
-    }
-    for field in ["labels", "annotations"] {
-        if let Some(map) = object.pointer(&format!("/metadata/{field}")) {
-            let good = map
-                .as_object()
-                .is_some_and(|map| map.values().all(Value::is_string));
-            if !good && !map.is_null() {
-                wrong(&format!("metadata.{field}"), "must be a map of texts");
-            }
+/// Checks what was sent, before anything is looked up: with what it does not know.
+fn prepare(
+    service: &Service,
+    target: &Target,
+    query: &Query,
+    change: Change,
+) -> Result<(Change, Vec<Cause>), ApiError> {
+    let kind = &target.kind;
+    match change {
+        Change::Replace(mut object) => {
+            check_type(kind, &object)?;
+            let warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)?;
+            drop_nulls(kind, &mut object);
+            name_in_place(target, &mut object)?;
+            Ok((Change::Replace(object), warnings))
         }
+        Change::Apply(mut object) => {
+            // Nothing can be made of it, so that it is no object that is invalid.
+            check_type(kind, &object).map_err(|error| ApiError::bad_request(error.message))?;
+            if object.pointer("/metadata/managedFields").is_some() {
+                return Err(ApiError::bad_request("metadata.managedFields must be nil"));
+            }
+            let warnings = check_fields(service, query, kind, &mut object, Empty::Kept)?;
+            if text(&object, "/metadata/name").is_some() {
+                name_in_place(target, &mut object)?;
+            }
+            check_types(kind, &object)?;
+            keep_own_part(kind, &target.subresource, &mut object);
+            Ok((Change::Apply(object), warnings))
+        }
+        other => Ok((other, Vec::new())),
     }
-    if let Some(list) = object.pointer("/metadata/finalizers")
-        && !list
-            .as_array()
-            .is_some_and(|l| l.iter().all(Value::is_string))
-    {
-        wrong("metadata.finalizers", "must be a list of texts");
+}
+
+/// What is applied must have the types of the schema: merged, a wrong one would be lost.
+fn check_types(kind: &Kind, object: &Value) -> Result<(), ApiError> {
+    let schema = kind.schema.as_ref();
+    let causes: Vec<Cause> = schema.map_or_else(Vec::new, |schema| {
+        let mut causes = schema::check(schema, object);
+        // A null merges with anything.
+        causes.retain(|cause| {
+            cause.reason == schema::WRONG_TYPE && cause.message != schema::NOT_NULL
+        });
+        causes
+    });
+    if causes.is_empty() {
+        return Ok(());
     }
-    causes
+    let name = text(object, "/metadata/name").unwrap_or_default();
+    Err(ApiError::invalid(&kind.group, &kind.kind, name, causes))
 }
 
 pub(crate) async fn change(
@@ -318,11 +346,20 @@ pub(crate) async fn change(
     let name = target.name.as_deref().unwrap_or_default();
     // A write is a compare-and-swap, so what it starts from need not be confirmed to be the
     // newest: the store says so by taking it. Whatever else comes of it is done again on what is.
-    let mut freshness = if query.dry_run()? {
+    let mut freshness = if query.dry_run() {
         Freshness::Latest
     } else {
         Freshness::Any
     };
+    if matches!(change, Change::Apply(_)) && !target.subresource.is_empty() {
+        // An apply makes objects, but not their status.
+        let namespace = target.namespace.as_deref();
+        service
+            .store
+            .get(&target.kind, namespace, name, Freshness::Latest)
+            .await?;
+    }
+    let (change, warnings) = prepare(service, target, query, change)?;
     for attempt in 0.. {
         let namespace = target.namespace.as_deref();
         let found = service
@@ -344,11 +381,13 @@ pub(crate) async fn change(
         };
         if freshness == Freshness::Any {
             freshness = Freshness::Latest;
-            match result {
-                Ok(done) if done.written => return Ok(done),
+            let settled = match &result {
+                Ok(done) => done.written,
                 // It may have been written or not: that is for the client to find out.
-                Err(error) if error.code >= 500 => return Err(error),
-                _ => continue,
+                Err(error) => error.code >= 500,
+            };
+            if !settled {
+                continue;
             }
         }
         let pinned = match &change {
@@ -366,7 +405,12 @@ pub(crate) async fn change(
                     && error.causes.is_empty()
                     && !pinned
                     && attempt < RETRIES => {}
-            other => return other,
+            other => {
+                return other.map(|mut done| {
+                    done.warnings.extend(warnings);
+                    done
+                });
+            }
         }
     }
     unreachable!("the loop returns")
@@ -379,47 +423,31 @@ async fn apply_new(
     object: &Value,
     writer: &Writer,
 ) -> Result<Done, ApiError> {
-    check_type(&target.kind, object)?;
-    require_manager(query)?;
-    let (mut prepared, warnings) = prepare_new(service, target, query, object.clone()).await?;
+    if text(object, "/metadata/uid").is_some() {
+        // It means an object that was there.
+        let name = target.name.as_deref().unwrap_or_default();
+        return Err(crate::store::modified(&target.kind, name));
+    }
+    let mut new = object.clone();
+    metadata(&mut new).remove("resourceVersion");
+    let (mut prepared, _) = prepare_new(service, target, query, new).await?;
     // Only what the client sent is its own, not what was added on the way.
-    let mut sent = object.clone();
-    if let Some(schema) = &target.kind.schema {
-        schema::prune_unknown(schema, &mut sent);
-    }
-    if target.kind.status
-        && let Some(map) = sent.as_object_mut()
-    {
-        map.remove("status");
-    }
-    let mut owned = managed::apply(target.kind.schema.as_ref(), None, &sent, writer, true)?;
+    let mut owned = managed::apply(target.kind.schema.as_ref(), None, object, writer, true)?;
     if let Some(fields) = metadata(&mut owned).remove("managedFields") {
         metadata(&mut prepared).insert("managedFields".to_owned(), fields);
     }
-    let object = prepared;
-    if query.dry_run()? {
-        return Ok(Done {
-            object: Arc::new(object),
-            created: true,
-            written: false,
-            warnings,
-        });
-    }
+    let written = !query.dry_run();
+    let object = if written {
+        service.store.create(&target.kind, prepared).await?
+    } else {
+        Arc::new(prepared)
+    };
     Ok(Done {
-        object: service.store.create(&target.kind, object).await?,
+        object,
         created: true,
-        written: true,
-        warnings,
+        written,
+        warnings: Vec::new(),
     })
-}
-
-fn require_manager(query: &Query) -> Result<(), ApiError> {
-    if query.get("fieldManager").is_none() {
-        return Err(ApiError::bad_request(
-            "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch",
-        ));
-    }
-    Ok(())
 }
 
 /// What an apply on the other subresource would set is not owned by this one.
@@ -481,8 +509,18 @@ fn patched(
             Ok(object)
         }
         Change::Json(patch) => {
-            let patch: json_patch::Patch = serde_json::from_value(patch.clone())
-                .map_err(|error| ApiError::bad_request(format!("not a JSON patch: {error}")))?;
+            if patch.is_null() {
+                return Ok(old.clone());
+            }
+            if !patch.is_array() {
+                return Err(ApiError::bad_request(
+                    "a JSON patch is a list of operations",
+                ));
+            }
+            let patch: json_patch::Patch =
+                serde_json::from_value(patch.clone()).map_err(|error| {
+                    ApiError::new(422, "Invalid", format!("not a JSON patch: {error}"))
+                })?;
             if patch.0.len() > JSON_PATCH_MAX {
                 return Err(ApiError::too_large(format!(
                     "a JSON patch has at most {JSON_PATCH_MAX} operations"
@@ -499,7 +537,6 @@ fn patched(
             Ok(object)
         }
         Change::Apply(object) => {
-            require_manager(query)?;
             managed::apply(schema, Some(old), object, writer, query.flag("force"))
         }
     }
@@ -515,36 +552,41 @@ async fn update(
 ) -> Result<Done, ApiError> {
     let kind = &target.kind;
     let mut change_warnings = Vec::new();
-    let cleaned;
-    let change = match change {
-        Change::Replace(object) | Change::Apply(object) => {
-            check_type(kind, object)?;
-            let mut object = object.clone();
-            change_warnings = check_fields(service, query, kind, &mut object)?;
-            name_in_place(target, &mut object)?;
-            cleaned = if matches!(change, Change::Replace(_)) {
-                Change::Replace(object)
-            } else {
-                keep_own_part(kind, &target.subresource, &mut object);
-                Change::Apply(object)
-            };
-            &cleaned
-        }
-        other => other,
-    };
     let mut object = patched(kind.schema.as_ref(), change, old, writer, query)?;
     if !object.is_object() {
         return Err(ApiError::bad_request("the result is not an object"));
     }
     check_type(kind, &object)?;
-    if !matches!(change, Change::Replace(_) | Change::Apply(_)) {
-        change_warnings = check_fields(service, query, kind, &mut object)?;
+    match change {
+        Change::Replace(_) => {}
+        // What was applied is checked; what came of it may have something empty.
+        Change::Apply(_) => {
+            object_metadata::clean(&mut object, "", Empty::Dropped)?;
+        }
+        Change::Merge(_) | Change::Json(_) | Change::Strategic(_) => {
+            change_warnings = check_fields(service, query, kind, &mut object, Empty::Dropped)
+                .map_err(malformed_patch)?;
+            drop_nulls(kind, &mut object);
+        }
     }
     // After the patch: what an apply leaves out keeps its value, and nobody owns a default.
     fill_defaults(kind, &mut object);
     name_in_place(target, &mut object)?;
     let expected = revision_of(old);
     let given = text(&object, "/metadata/resourceVersion").unwrap_or_default();
+    if given.is_empty() && kind.is_custom() {
+        let cause = Cause::new(
+            "metadata.resourceVersion".to_owned(),
+            "must be specified for an update".to_owned(),
+        );
+        let name = target.name.as_deref().unwrap_or_default();
+        return Err(ApiError::invalid(
+            &kind.group,
+            &kind.plural,
+            name,
+            vec![cause],
+        ));
+    }
     if !given.is_empty() && given != expected.to_string() {
         return Err(crate::store::modified(
             kind,
@@ -554,21 +596,34 @@ async fn update(
     if let Some(uid) = text(&object, "/metadata/uid").filter(|uid| !uid.is_empty())
         && Some(uid) != text(old, "/metadata/uid")
     {
-        return Err(ApiError::conflict(format!(
+        let name = target.name.as_deref().unwrap_or_default();
+        let message = format!(
             "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
             text(old, "/metadata/uid").unwrap_or_default()
-        )));
+        );
+        return Err(ApiError::conflict(message).about(&kind.group, &kind.plural, name));
     }
+    let changes = if target.subresource.is_empty() {
+        object_metadata::check_change(old, &object)
+    } else {
+        Vec::new()
+    };
     object = restore_identity(object, old);
     separate_status(kind, &target.subresource, old, &mut object);
     if !matches!(change, Change::Apply(_)) {
-        let entries = old.pointer("/metadata/managedFields").cloned();
+        let given = object.pointer("/metadata/managedFields").cloned();
+        let entries = match given {
+            // Nobody owns anything any more.
+            Some(given) if given == json!([{}]) => None,
+            Some(given) if target.subresource.is_empty() => Some(given),
+            _ => old.pointer("/metadata/managedFields").cloned(),
+        };
         match entries {
             Some(entries) => metadata(&mut object).insert("managedFields".to_owned(), entries),
             None => metadata(&mut object).remove("managedFields"),
         };
     }
-    validate(kind, &object)?;
+    validate(kind, &object, changes)?;
     service
         .admission
         .admit(
@@ -576,10 +631,10 @@ async fn update(
             Some(old),
             &mut object,
             &target.subresource,
-            query.dry_run()?,
+            query.dry_run(),
         )
         .await?;
-    if content(&object) != content(old) {
+    if content(kind, &object) != content(kind, old) {
         let generation = old
             .pointer("/metadata/generation")
             .and_then(Value::as_i64)
@@ -590,6 +645,17 @@ async fn update(
         managed::record_update(kind.schema.as_ref(), Some(old), &mut object, writer);
     }
     finish(service, target, query, old, object, change_warnings).await
+}
+
+/// What a patch makes of an object is checked like what is sent, and the patch is what is wrong.
+fn malformed_patch(error: ApiError) -> ApiError {
+    if error.code != 400 {
+        return error;
+    }
+    ApiError {
+        causes: vec![Cause::new("patch", error.message.clone())],
+        ..ApiError::new(422, "Invalid", error.message)
+    }
 }
 
 async fn finish(
@@ -606,10 +672,11 @@ async fn finish(
         written,
         warnings: warnings.clone(),
     };
-    if object == **old {
+    // That somebody wrote the same again is no change.
+    if managed::without_times(&object) == managed::without_times(old) {
         return Ok(done(Arc::clone(old), false));
     }
-    if query.dry_run()? {
+    if query.dry_run() {
         return Ok(done(Arc::new(object), false));
     }
     let expected = revision_of(old);
@@ -652,12 +719,14 @@ fn set_or_remove(object: &mut Value, key: &str, value: Option<Value>) {
     }
 }
 
-/// What makes a new generation: everything but metadata and status.
-fn content(object: &Value) -> Value {
+/// What makes a new generation: everything but metadata, and a status that is written apart.
+fn content(kind: &Kind, object: &Value) -> Value {
     let mut content = object.clone();
     if let Some(map) = content.as_object_mut() {
         map.remove("metadata");
-        map.remove("status");
+        if kind.status {
+            map.remove("status");
+        }
     }
     content
 }
@@ -682,7 +751,6 @@ pub fn finalizers(object: &Value) -> Vec<String> {
 pub(crate) async fn delete(
     service: &Service,
     target: &Target,
-    query: &Query,
     options: &Value,
 ) -> Result<(Arc<Value>, bool), ApiError> {
     let name = target.name.as_deref().unwrap_or_default();
@@ -697,18 +765,18 @@ pub(crate) async fn delete(
         for field in ["uid", "resourceVersion"] {
             let found = text(&old, &format!("/metadata/{field}"));
             if wanted(field).is_some_and(|wanted| Some(wanted) != found) {
-                return Err(ApiError::conflict(format!(
+                let message = format!(
                     "Precondition failed: {field} is {}",
                     found.unwrap_or_default()
-                )));
+                );
+                return Err(ApiError::conflict(message).about(&kind.group, &kind.kind, name));
             }
         }
         service.admission.admit_delete(kind, &old).await?;
-        let dry_run = query.dry_run()?
-            || options
-                .get("dryRun")
-                .and_then(Value::as_array)
-                .is_some_and(|l| !l.is_empty());
+        let dry_run = options
+            .get("dryRun")
+            .and_then(Value::as_array)
+            .is_some_and(|l| !l.is_empty());
         let mut hold = service.admission.hold(kind, &old, options)?;
         let dying = text(&old, "/metadata/deletionTimestamp").is_some();
         if dying {
@@ -721,7 +789,12 @@ pub(crate) async fn delete(
         let stays =
             !finalizers(&old).is_empty() || !hold.finalizers.is_empty() || hold.grace_seconds > 0;
         if dry_run {
-            return Ok((old, !stays));
+            let object = if stays {
+                Arc::new(marked(&old, &hold, jiff::Timestamp::now()))
+            } else {
+                old
+            };
+            return Ok((object, !stays));
         }
         let result = if stays {
             let object = marked(&old, &hold, jiff::Timestamp::now());

@@ -37,6 +37,18 @@ fn kind() -> Kind {
     }
 }
 
+/// kubectl takes `v1` Lists only where the core group is.
+fn core_kind() -> Kind {
+    Kind {
+        group: String::new(),
+        kind: "Note".to_owned(),
+        plural: "notes".to_owned(),
+        singular: "note".to_owned(),
+        short_names: vec![],
+        ..kind()
+    }
+}
+
 struct Api {
     dir: tempfile::TempDir,
     url: String,
@@ -45,7 +57,7 @@ struct Api {
 impl Api {
     async fn start() -> Self {
         let service = Arc::new(Service {
-            registry: Arc::new(Registry::new(vec![kind()])),
+            registry: Arc::new(Registry::new(vec![kind(), core_kind()])),
             store: Arc::new(MemoryStore::default()),
             admission: Arc::new(AdmitAll),
             version: json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0"}),
@@ -324,4 +336,38 @@ async fn a_watch_shows_each_change_and_finalizers_hold_an_object() {
     api.refused(&["get", "wi", "held"]).await;
     watch.kill().unwrap();
     watch.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_in_a_file_is_as_good_as_its_objects() {
+    let api = Api::start().await;
+    let list = |widgets: &[Value]| json!({"apiVersion": "v1", "kind": "List", "items": widgets});
+    let both = api.file("both.json", &list(&[widget("one", 1), widget("two", 2)]));
+    assert!(
+        api.ok(&["create", "-f", &both])
+            .await
+            .contains("two created")
+    );
+    assert!(api.ok(&["diff", "-f", &both]).await.is_empty());
+    let bigger = api.file("bigger.json", &list(&[widget("one", 1), widget("two", 7)]));
+    let (same, shown, _) = api.run(&["diff", "-f", &bigger]).await;
+    assert!(!same && shown.contains("+  size: 7"), "{shown}");
+    let changed = api.ok(&["apply", "-f", &bigger]).await;
+    assert!(
+        changed.contains("one configured") && changed.contains("two configured"),
+        "{changed}"
+    );
+    let unchanged = api.ok(&["apply", "-f", &bigger]).await;
+    assert!(unchanged.contains("two unchanged"), "{unchanged}");
+    api.ok(&["apply", "--server-side", "--force-conflicts", "-f", &bigger])
+        .await;
+    // Each object is checked as if it stood alone.
+    let mut wrong = widget("three", 3);
+    wrong["spec"]["sise"] = json!(3);
+    let wrong = api.file("wrong.json", &list(&[widget("one", 1), wrong]));
+    for verb in ["apply", "create"] {
+        let error = api.refused(&[verb, "-f", &wrong]).await;
+        assert!(error.contains("did you mean `size`?"), "{error}");
+    }
+    assert!(api.ok(&["delete", "-f", &both]).await.contains("deleted"));
 }

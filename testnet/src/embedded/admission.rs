@@ -75,10 +75,7 @@ fn standing_hold(resource: &Resource, object: &Value) -> Hold {
 }
 
 fn invalid(kind: &Kind, object: &Value, field: &str, message: impl Into<String>) -> ApiError {
-    let cause = Cause {
-        field: field.to_owned(),
-        message: message.into(),
-    };
+    let cause = Cause::new(field.to_owned(), message.into());
     ApiError::invalid(&kind.group, &kind.kind, name(object), vec![cause])
 }
 

@@ -66,10 +66,7 @@ fn columns(version: &Value) -> Vec<Column> {
 pub(crate) fn check(definition: &Value) -> Vec<Cause> {
     let mut causes = Vec::new();
     let mut wrong = |field: &str, message: String| {
-        causes.push(Cause {
-            field: field.to_owned(),
-            message,
-        });
+        causes.push(Cause::new(field.to_owned(), message));
     };
     let group = text(definition, "/spec/group");
     let wanted = format!("{}.{group}", text(definition, "/spec/names/plural"));

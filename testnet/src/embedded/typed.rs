@@ -94,10 +94,7 @@ fn lost(object: &Value, known: &Value, path: &str, causes: &mut Vec<Cause>) {
                 match known.get(key) {
                     Some(known) => lost(value, known, &field, causes),
                     None if is_nothing(value) => {}
-                    None => causes.push(Cause {
-                        message: format!("unknown field \"{field}\""),
-                        field,
-                    }),
+                    None => causes.push(Cause::new(&field, format!("unknown field \"{field}\""))),
                 }
             }
         }

@@ -119,9 +119,28 @@ impl RealCluster {
         capacity: &Capacity,
         note: impl Fn(&[(String, ProcessId)]) -> anyhow::Result<()> + Send + Sync,
     ) -> anyhow::Result<Self> {
+        let (mut cluster, ports) = Self::prepared(assets, dir, name)?;
+        let logs = cluster.logs();
+        in_time(name, &logs, cluster.bring_up(name, ports, capacity, &note)).await?;
+        Ok(cluster)
+    }
+
+    /// Starts only etcd and the API server in `dir`: objects are kept, and nothing acts on them.
+    ///
+    /// # Errors
+    /// As [`RealCluster::start`].
+    pub async fn start_api_server(dir: &Path, name: &str) -> anyhow::Result<Self> {
+        let assets = super::assets(&Progress::default()).await?;
+        let (mut cluster, ports) = Self::prepared(&assets, dir, name)?;
+        let logs = cluster.logs();
+        in_time(name, &logs, cluster.bring_up_api(ports, &|_| Ok(()))).await?;
+        Ok(cluster)
+    }
+
+    fn prepared(assets: &Assets, dir: &Path, name: &str) -> anyhow::Result<(Self, Ports)> {
         let dir = std::path::absolute(dir)?;
         let ports = prepare(&dir, name)?;
-        let mut cluster = Self {
+        let cluster = Self {
             kubeconfig: dir.join("kubeconfig"),
             pids: Vec::new(),
             server: format!("https://127.0.0.1:{}", ports.api),
@@ -130,25 +149,15 @@ impl RealCluster {
             directory: dir,
             ends_with_us: true,
         };
-        let starting = cluster.bring_up(name, ports, capacity, &note);
-        match tokio::time::timeout(READY_WITHIN, starting).await {
-            Ok(result) => result?,
-            Err(_) => bail!(
-                "Kubernetes of {name} was not ready after {} s; its logs are in {}",
-                READY_WITHIN.as_secs(),
-                cluster.logs().display()
-            ),
-        }
-        Ok(cluster)
+        Ok((cluster, ports))
     }
 
-    async fn bring_up(
+    /// Starts etcd and the API server, and waits until it serves.
+    async fn bring_up_api(
         &mut self,
-        name: &str,
         ports: Ports,
-        capacity: &Capacity,
         note: &(impl Fn(&[(String, ProcessId)]) -> anyhow::Result<()> + Sync),
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Client> {
         let assets = self.assets.clone();
         self.spawn("etcd", &assets.etcd, etcd_arguments(&self.directory, ports))?;
         self.spawn(
@@ -171,6 +180,18 @@ impl RealCluster {
             self.check_alive()?;
             tokio::time::sleep(LOOK).await;
         }
+        Ok(client)
+    }
+
+    async fn bring_up(
+        &mut self,
+        name: &str,
+        ports: Ports,
+        capacity: &Capacity,
+        note: &(impl Fn(&[(String, ProcessId)]) -> anyhow::Result<()> + Sync),
+    ) -> anyhow::Result<()> {
+        let assets = self.assets.clone();
+        let client = self.bring_up_api(ports, note).await?;
         let manager = controller_manager_arguments(&self.directory, &self.kubeconfig, ports);
         self.spawn(
             "kube-controller-manager",
@@ -343,6 +364,22 @@ impl Drop for RealCluster {
         if self.ends_with_us {
             process::kill_blocking(&self.ids());
         }
+    }
+}
+
+/// Waits for `starting`, but not for ever.
+async fn in_time<T>(
+    name: &str,
+    logs: &Path,
+    starting: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    match tokio::time::timeout(READY_WITHIN, starting).await {
+        Ok(result) => result,
+        Err(_) => bail!(
+            "Kubernetes of {name} was not ready after {} s; its logs are in {}",
+            READY_WITHIN.as_secs(),
+            logs.display()
+        ),
     }
 }
 

@@ -57,6 +57,16 @@ struct Fingerprint {
     version: u64,
 }
 
+impl Fingerprint {
+    /// Whether `other` is a later version of the object; where there are generations, a later one.
+    const fn is_before(&self, other: &Self) -> bool {
+        match (self.generation, other.generation) {
+            (Some(own), Some(other)) => own < other,
+            _ => self.version < other.version,
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Known {
     ledger: Ledger,
@@ -181,11 +191,7 @@ impl Inner {
         match &noticed.value {
             None => entry.drifted = true,
             Some(value) => {
-                let now = fingerprint(value);
-                let changed = match (now.generation, applied.generation) {
-                    (Some(now), Some(applied)) => now > applied,
-                    _ => now.version > applied.version,
-                };
+                let changed = applied.is_before(&fingerprint(value));
                 let terminating = value.pointer("/metadata/deletionTimestamp").is_some();
                 entry.drifted |= changed && !terminating;
             }
@@ -513,11 +519,17 @@ impl Inner {
                 namespace = "";
                 found = self.cache.get(ledger.uid, object, namespace);
             }
-            let Some(value) = found else {
+            // What the watch still shows of the version before says nothing about this one.
+            let applied = known.applied.get(object);
+            let is_old = found
+                .as_ref()
+                .zip(applied)
+                .is_some_and(|(value, applied)| fingerprint(value).is_before(applied));
+            let Some(value) = found.filter(|_| !is_old) else {
                 plain.1 += 1;
                 all = false;
                 message.get_or_insert_with(|| {
-                    if self.cache.is_synced(&object.api_version, &object.kind) {
+                    if !is_old && self.cache.is_synced(&object.api_version, &object.kind) {
                         format!("{object} is not there yet")
                     } else {
                         format!("{object} is not observed yet")

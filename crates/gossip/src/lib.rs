@@ -1,10 +1,11 @@
 //! The federation's network: libp2p over QUIC and TCP, for members only.
 //!
-//! Carries consensus frames (one ordered stream per peer), calls (a stream per question), signed
+//! Carries consensus frames (one ordered stream per peer), calls (one stream per asker), signed
 //! site reports (gossipsub, plus an exchange that makes up for what was missed), measures
 //! round-trip times and silence, and lets a newcomer ask to join.
 
 mod behaviour;
+mod calls;
 mod network;
 mod streams;
 mod verdict;

@@ -24,6 +24,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
 use crate::behaviour::{Behaviour, BehaviourEvent, Inner, InnerEvent, MemberSet, MembersOnly};
+use crate::calls::{self, Fault, Lines};
 use crate::streams::{self, CALL_BYTES_MAX, CallError, JOIN_BYTES_MAX};
 use crate::verdict::{Opinions, SUSPECT_AFTER};
 use crate::view::{self, Digest, Missing, View};
@@ -32,7 +33,7 @@ use crate::view::{self, Digest, Missing, View};
 const EXCHANGE_VERSION: u8 = 1;
 /// Frames that wait for one peer at most; more are dropped, and Raft sends again.
 const FRAME_QUEUE: usize = 256;
-/// Questions answered at once at most; more wait on their streams.
+/// Questions answered at once at most; more wait in their streams.
 const CALLS_AT_ONCE: usize = 512;
 /// How often connections, silence and missed reports are looked after.
 const CARE_INTERVAL: Duration = Duration::from_millis(500);
@@ -111,7 +112,7 @@ enum Command {
     Listening(oneshot::Sender<Vec<Multiaddr>>),
 }
 
-struct Shared {
+pub(crate) struct Shared {
     own: NodeId,
     federation: FederationId,
     members: MemberSet,
@@ -121,7 +122,7 @@ struct Shared {
     rtts: RwLock<BTreeMap<NodeId, Duration>>,
     connected: watch::Sender<BTreeSet<NodeId>>,
     queues: Mutex<BTreeMap<NodeId, mpsc::Sender<Vec<u8>>>>,
-    calls: Semaphore,
+    pub(crate) calls: Arc<Semaphore>,
 }
 
 /// The handle; cheap to clone.
@@ -132,6 +133,7 @@ pub struct Network {
     streams: libp2p_stream::Control,
     join: libp2p_stream::Control,
     runtime: tokio::runtime::Handle,
+    lines: Arc<Lines>,
 }
 
 impl std::fmt::Debug for Network {
@@ -274,7 +276,7 @@ impl Network {
             rtts: RwLock::default(),
             connected: watch::channel(BTreeSet::new()).0,
             queues: Mutex::default(),
-            calls: Semaphore::new(CALLS_AT_ONCE),
+            calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
         });
         let (commands, receiver) = mpsc::channel(1024);
         let network = Self {
@@ -283,10 +285,11 @@ impl Network {
             streams: streams.clone(),
             join: join.clone(),
             runtime: tokio::runtime::Handle::current(),
+            lines: Arc::default(),
         };
         let registered = |_| NetworkError::Start("a protocol is registered twice".to_owned());
         let frames = streams.accept(streams::FRAMES).map_err(registered)?;
-        let calls = streams.accept(streams::CALLS).map_err(registered)?;
+        let calls_incoming = streams.accept(streams::CALLS).map_err(registered)?;
         let reports = streams.accept(streams::REPORTS).map_err(registered)?;
         let joins = join.accept(streams::JOIN).map_err(registered)?;
         tokio::spawn(take_frames(
@@ -294,7 +297,11 @@ impl Network {
             Arc::clone(&shared),
             Arc::clone(&handler),
         ));
-        tokio::spawn(take_calls(calls, Arc::clone(&shared), Arc::clone(&handler)));
+        tokio::spawn(calls::take_calls(
+            calls_incoming,
+            Arc::clone(&shared),
+            Arc::clone(&handler),
+        ));
         tokio::spawn(take_reports(reports, Arc::clone(&shared)));
         tokio::spawn(take_joins(joins, handler));
         let (exchange, wanted) = mpsc::channel(64);
@@ -334,6 +341,7 @@ impl Network {
             }
             drop(heard);
             self.shared.queues.lock().retain(|id, _| ids.contains(id));
+            self.lines.retain(|id| ids.contains(id));
             self.shared
                 .view
                 .send_modify(|view| view.retain(|id, _| ids.contains(id)));
@@ -362,7 +370,8 @@ impl Network {
         queue.try_send(frame).is_ok()
     }
 
-    /// Asks a member and waits for its answer.
+    /// Asks a member and waits for its answer. A question whose stream breaks is asked once more:
+    /// it has to be one that may be heard twice.
     ///
     /// # Errors
     /// See [`CallError`].
@@ -373,10 +382,27 @@ impl Network {
         timeout: Duration,
     ) -> Result<Vec<u8>, CallError> {
         let peer = self.reachable(to)?;
-        let mut control = self.streams.clone();
-        let answer = streams::ask(&mut control, peer, streams::CALLS, question, timeout).await?;
-        self.shared.heard(to);
-        Ok(answer)
+        let ask = || {
+            let (runtime, control) = (&self.runtime, &self.streams);
+            self.lines
+                .ask(runtime, control, (to, peer), question.to_vec())
+        };
+        let work = async {
+            match ask().await {
+                Err(Fault::Broken(_)) => ask().await,
+                answer => answer,
+            }
+        };
+        let peer = peer.to_string();
+        match tokio::time::timeout(timeout, work).await {
+            Ok(Ok(answer)) => {
+                self.shared.heard(to);
+                Ok(answer)
+            }
+            Ok(Err(Fault::Broken(reason))) => Err(CallError::Unreachable { peer, reason }),
+            Ok(Err(Fault::Refused(reason))) => Err(CallError::Refused { peer, reason }),
+            Err(_) => Err(CallError::Timeout { peer, timeout }),
+        }
     }
 
     fn reachable(&self, to: NodeId) -> Result<PeerId, CallError> {
@@ -496,7 +522,12 @@ impl Network {
 }
 
 impl Shared {
-    fn heard(&self, node: NodeId) {
+    /// The node behind a peer that is a member.
+    pub(crate) fn member(&self, peer: &PeerId) -> Option<NodeId> {
+        node_id(peer).filter(|_| self.is_member(peer))
+    }
+
+    pub(crate) fn heard(&self, node: NodeId) {
         if let Some(at) = self.heard.write().get_mut(&node) {
             *at = Instant::now();
         }
@@ -671,32 +702,6 @@ async fn take_frames(
                         return;
                     }
                 }
-            }
-        });
-    }
-}
-
-async fn take_calls(
-    mut incoming: libp2p_stream::IncomingStreams,
-    shared: Arc<Shared>,
-    handler: Arc<dyn Handler>,
-) {
-    while let Some((peer, mut stream)) = incoming.next().await {
-        let (shared, handler) = (Arc::clone(&shared), Arc::clone(&handler));
-        tokio::spawn(async move {
-            let Some(node) = node_id(&peer).filter(|_| shared.is_member(&peer)) else {
-                return;
-            };
-            let Ok(_permit) = shared.calls.acquire().await else {
-                return;
-            };
-            let Ok(Some(question)) = streams::read(&mut stream, CALL_BYTES_MAX).await else {
-                return;
-            };
-            shared.heard(node);
-            let result = handler.call(node, &question).await;
-            if let Err(error) = streams::answer(&mut stream, result).await {
-                debug!(%peer, %error, "an answer could not be sent");
             }
         });
     }

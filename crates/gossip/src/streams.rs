@@ -1,16 +1,15 @@
-//! Length-prefixed messages on libp2p streams: frames in order on one stream per peer, calls on a
-//! stream each.
+//! Length-prefixed messages on libp2p streams, and questions that have a stream each.
 
 use std::time::Duration;
 
-use futures::{AsyncReadExt, AsyncWriteExt};
+use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::{PeerId, Stream, StreamProtocol};
 use thiserror::Error;
 
 /// Frames of the consensus.
 pub(crate) const FRAMES: StreamProtocol = StreamProtocol::new("/krake/frames/1");
 /// Questions between members.
-pub(crate) const CALLS: StreamProtocol = StreamProtocol::new("/krake/calls/1");
+pub(crate) const CALLS: StreamProtocol = StreamProtocol::new("/krake/calls/2");
 /// Exchange of reports between members.
 pub(crate) const REPORTS: StreamProtocol = StreamProtocol::new("/krake/reports/1");
 /// A newcomer's request.
@@ -53,7 +52,10 @@ pub enum CallError {
 }
 
 /// Writes one message.
-pub(crate) async fn write(stream: &mut Stream, bytes: &[u8]) -> std::io::Result<()> {
+pub(crate) async fn write<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    bytes: &[u8],
+) -> std::io::Result<()> {
     let length = (bytes.len() as u32).to_be_bytes();
     let work = async {
         if bytes.len() <= 4096 {
@@ -78,7 +80,10 @@ const fn size_allowance(bytes: usize) -> Duration {
 }
 
 /// Reads one message of at most `limit` bytes; `None` at a clean end.
-pub(crate) async fn read(stream: &mut Stream, limit: usize) -> std::io::Result<Option<Vec<u8>>> {
+pub(crate) async fn read<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    limit: usize,
+) -> std::io::Result<Option<Vec<u8>>> {
     let mut length = [0_u8; 4];
     match stream.read_exact(&mut length).await {
         Ok(()) => {}

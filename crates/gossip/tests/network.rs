@@ -169,6 +169,18 @@ async fn members_exchange_frames_calls_and_reports() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn questions_that_come_at_once_are_all_answered() {
+    let members = started(2).await;
+    let (a, b) = (&members[0], &members[1]);
+    let calls = (0..500_u32).map(|number| async move {
+        let question = number.to_be_bytes();
+        let answer = a.network.call(b.peer.node, &question, LIMIT).await.unwrap();
+        assert_eq!(answer, [b"echo ", &question[..]].concat());
+    });
+    futures::future::join_all(calls).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_joiner_has_all_reports_after_one_exchange() {
     let members = started(3).await;
     let [a, b, late] = &members[..] else {

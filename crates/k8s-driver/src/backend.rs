@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::future::{BoxFuture, FutureExt};
@@ -33,8 +33,9 @@ const MANAGER: &str = "krake";
 const DEFINITION: &str = "CustomResourceDefinition";
 /// Objects of one app applied at the same time.
 const AT_ONCE: usize = 8;
-/// A namespace of ours without an app is removed after this long.
-const NAMESPACE_GRACE: Duration = Duration::from_secs(10);
+/// A namespace of ours that has been without an app for this long is removed. Kubernetes takes
+/// seconds to remove one, and an app that comes meanwhile has to wait.
+const NAMESPACE_GRACE: Duration = Duration::from_secs(30);
 
 /// How a site uses its cluster.
 #[derive(Debug, Clone)]
@@ -83,6 +84,8 @@ struct Inner {
     cache: Arc<Cache>,
     known: Mutex<BTreeMap<AppUid, Known>>,
     namespaces: Mutex<BTreeSet<String>>,
+    /// Since when a namespace of ours has been without an app.
+    empty_since: Mutex<BTreeMap<String, Instant>>,
     loaded: OnceCell<()>,
     capacity: std::sync::OnceLock<Arc<Capacity>>,
     changes: broadcast::Sender<AppUid>,
@@ -152,6 +155,7 @@ impl KubernetesBackend {
             cache: Arc::new(Cache::new(noticed)),
             known: Mutex::default(),
             namespaces: Mutex::default(),
+            empty_since: Mutex::default(),
             loaded: OnceCell::new(),
             capacity: std::sync::OnceLock::new(),
             changes: broadcast::channel(4096).0,
@@ -938,21 +942,22 @@ impl Backend for KubernetesBackend {
             let Some(name) = namespace.metadata.name.clone() else {
                 continue;
             };
-            let young = namespace
-                .metadata
-                .creation_timestamp
-                .as_ref()
-                .is_none_or(|time| {
-                    let age = jiff::Timestamp::now().as_second() - time.0.as_second();
-                    age < NAMESPACE_GRACE.as_secs() as i64
-                });
             let used = inner
                 .known
                 .lock()
                 .values()
                 .any(|known| known.ledger.namespace == name);
-            if young || used || namespace.metadata.deletion_timestamp.is_some() {
-                continue;
+            {
+                let mut empty_since = inner.empty_since.lock();
+                if used || namespace.metadata.deletion_timestamp.is_some() {
+                    empty_since.remove(&name);
+                    continue;
+                }
+                let since = *empty_since.entry(name.clone()).or_insert_with(Instant::now);
+                if since.elapsed() < NAMESPACE_GRACE {
+                    continue;
+                }
+                empty_since.remove(&name);
             }
             inner.namespaces.lock().remove(&name);
             call(

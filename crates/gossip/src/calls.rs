@@ -1,0 +1,236 @@
+//! Questions between members: one stream per direction and pair, with numbered questions and
+//! answers in any order. A stream per question would cost a negotiation each, and the library
+//! drops streams that arrive faster than they are taken.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{AsyncReadExt, StreamExt};
+use krake_model::ids::NodeId;
+use libp2p::{PeerId, Stream};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tracing::debug;
+
+use crate::network::{Handler, Shared};
+use crate::streams::{self, CALL_BYTES_MAX, CALLS};
+
+/// Questions that wait to be written to one peer at most; more wait where they are asked.
+const QUESTIONS_MAX: usize = 256;
+/// Answers that wait to be written to one peer at most.
+const ANSWERS_MAX: usize = 64;
+/// Opening a stream may take this long.
+const OPEN_TIME: Duration = Duration::from_secs(3);
+/// Questions whose asker may have given up are looked for when so many are open.
+const OPEN_MANY: usize = 1024;
+/// A message begins with the number of the question.
+const NUMBER_BYTES: usize = 8;
+/// Status byte of an answer.
+const ANSWERED: u8 = 0;
+const REFUSED: u8 = 1;
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    /// The stream could not be opened or broke; the question may have been heard or not.
+    Broken(String),
+    /// The peer answered with an error.
+    Refused(String),
+}
+
+type Answer = oneshot::Sender<Result<Vec<u8>, Fault>>;
+
+struct Question {
+    bytes: Vec<u8>,
+    answer: Answer,
+}
+
+/// The lines to other members.
+#[derive(Debug, Default)]
+pub(crate) struct Lines {
+    open: Mutex<BTreeMap<NodeId, mpsc::Sender<Question>>>,
+}
+
+impl Lines {
+    /// Ends the lines to all but these.
+    pub(crate) fn retain(&self, keep: impl Fn(&NodeId) -> bool) {
+        self.open.lock().retain(|node, _| keep(node));
+    }
+
+    /// Asks; waits until there is an answer or the stream breaks.
+    pub(crate) async fn ask(
+        &self,
+        runtime: &tokio::runtime::Handle,
+        control: &libp2p_stream::Control,
+        (node, peer): (NodeId, PeerId),
+        bytes: Vec<u8>,
+    ) -> Result<Vec<u8>, Fault> {
+        let line = {
+            let mut open = self.open.lock();
+            let line = open.entry(node).or_insert_with(|| {
+                let (sender, receiver) = mpsc::channel(QUESTIONS_MAX);
+                runtime.spawn(run_line(receiver, control.clone(), peer));
+                sender
+            });
+            line.clone()
+        };
+        let (answer, answered) = oneshot::channel();
+        let ended = || Fault::Broken("the network is ending".to_owned());
+        line.send(Question { bytes, answer })
+            .await
+            .map_err(|_| ended())?;
+        answered.await.unwrap_or_else(|_| Err(ended()))
+    }
+}
+
+async fn run_line(
+    mut questions: mpsc::Receiver<Question>,
+    mut control: libp2p_stream::Control,
+    peer: PeerId,
+) {
+    while let Some(first) = questions.recv().await {
+        let opening = control.open_stream(peer, CALLS);
+        let reason = match tokio::time::timeout(OPEN_TIME, opening).await {
+            Ok(Ok(stream)) => {
+                let reason = ask_all(stream, first, &mut questions).await;
+                debug!(%peer, reason, "the stream for questions ended");
+                continue;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no stream in time".to_owned(),
+        };
+        let _ = first.answer.send(Err(Fault::Broken(reason)));
+    }
+}
+
+/// Asks until the stream breaks or nobody can ask any more; returns why.
+async fn ask_all(
+    stream: Stream,
+    first: Question,
+    questions: &mut mpsc::Receiver<Question>,
+) -> String {
+    let (mut reader, mut writer) = stream.split();
+    let waiting: Mutex<BTreeMap<u64, Answer>> = Mutex::default();
+    let write = async {
+        let mut next = Some(first);
+        for number in 0_u64.. {
+            let question = match next.take() {
+                Some(question) => Some(question),
+                None => questions.recv().await,
+            };
+            let Some(Question { bytes, answer }) = question else {
+                break;
+            };
+            if answer.is_closed() {
+                continue;
+            }
+            {
+                let mut waiting = waiting.lock();
+                if waiting.len() >= OPEN_MANY {
+                    waiting.retain(|_, answer| !answer.is_closed());
+                }
+                waiting.insert(number, answer);
+            }
+            let message = [&number.to_be_bytes()[..], &bytes].concat();
+            if let Err(error) = streams::write(&mut writer, &message).await {
+                return error.to_string();
+            }
+        }
+        "nobody asks any more".to_owned()
+    };
+    let read = async {
+        loop {
+            let message = match streams::read(&mut reader, CALL_BYTES_MAX).await {
+                Ok(Some(message)) => message,
+                Ok(None) => return "the stream ended without an answer".to_owned(),
+                Err(error) => return error.to_string(),
+            };
+            let Some((number, [status, answer @ ..])) = split(&message) else {
+                return "an answer is not readable".to_owned();
+            };
+            let result = match *status {
+                ANSWERED => Ok(answer.to_vec()),
+                _ => Err(Fault::Refused(String::from_utf8_lossy(answer).into_owned())),
+            };
+            if let Some(waiting) = waiting.lock().remove(&number) {
+                let _ = waiting.send(result);
+            }
+        }
+    };
+    let reason = tokio::select! {
+        reason = write => reason,
+        reason = read => reason,
+    };
+    for answer in waiting.into_inner().into_values() {
+        let _ = answer.send(Err(Fault::Broken(reason.clone())));
+    }
+    reason
+}
+
+fn split(message: &[u8]) -> Option<(u64, &[u8])> {
+    let (number, rest) = message.split_first_chunk::<NUMBER_BYTES>()?;
+    Some((u64::from_be_bytes(*number), rest))
+}
+
+/// Answers what members ask, on as many streams as they open.
+pub(crate) async fn take_calls(
+    mut incoming: libp2p_stream::IncomingStreams,
+    shared: Arc<Shared>,
+    handler: Arc<dyn Handler>,
+) {
+    while let Some((peer, stream)) = incoming.next().await {
+        tokio::spawn(answer_all(
+            peer,
+            stream,
+            Arc::clone(&shared),
+            Arc::clone(&handler),
+        ));
+    }
+}
+
+async fn answer_all(peer: PeerId, stream: Stream, shared: Arc<Shared>, handler: Arc<dyn Handler>) {
+    let (mut reader, mut writer) = stream.split();
+    let (answers, mut ready) = mpsc::channel::<Vec<u8>>(ANSWERS_MAX);
+    let read = async {
+        loop {
+            let question = match streams::read(&mut reader, CALL_BYTES_MAX).await {
+                Ok(Some(question)) => question,
+                Ok(None) => return,
+                Err(error) => return debug!(%peer, %error, "questions end"),
+            };
+            let Some(node) = shared.member(&peer) else {
+                return;
+            };
+            shared.heard(node);
+            // When too many are being answered the rest waits in the stream, and then at the asker.
+            let Ok(permit) = Arc::clone(&shared.calls).acquire_owned().await else {
+                return;
+            };
+            let (handler, answers) = (Arc::clone(&handler), answers.clone());
+            tokio::spawn(async move {
+                let Some((number, question)) = split(&question) else {
+                    return;
+                };
+                let (status, answer) = match handler.call(node, question).await {
+                    Ok(answer) => (ANSWERED, answer),
+                    Err(reason) => (REFUSED, reason.into_bytes()),
+                };
+                let message = [&number.to_be_bytes()[..], &[status], &answer].concat();
+                let _ = answers.send(message).await;
+                drop(permit);
+            });
+        }
+    };
+    let write = async {
+        while let Some(message) = ready.recv().await {
+            if let Err(error) = streams::write(&mut writer, &message).await {
+                return debug!(%peer, %error, "an answer could not be sent");
+            }
+        }
+    };
+    tokio::select! {
+        () = read => {}
+        () = write => {}
+    }
+}

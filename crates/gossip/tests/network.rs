@@ -172,6 +172,7 @@ async fn members_exchange_frames_calls_and_reports() {
 async fn questions_that_come_at_once_are_all_answered() {
     let members = started(2).await;
     let (a, b) = (&members[0], &members[1]);
+    admit(&[a, b]).await;
     let calls = (0..500_u32).map(|number| async move {
         let question = number.to_be_bytes();
         let answer = a.network.call(b.peer.node, &question, LIMIT).await.unwrap();

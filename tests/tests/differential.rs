@@ -10,6 +10,8 @@
 //! KRAKE_DIFFERENTIAL_SEEDS=1000..2000 cargo test -p krake-tests --test differential
 //! ```
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -27,7 +29,7 @@ use serde_json::{Value, json};
 /// Requests of one sequence.
 const LENGTH: usize = 40;
 /// Sequences of each kind unless told otherwise.
-const SEEDS: std::ops::Range<u64> = 0..40;
+const SEEDS: std::ops::Range<u64> = 0..32;
 /// So many differences are worth reading at once.
 const FAILURES_MAX: usize = 30;
 
@@ -110,8 +112,9 @@ const DELIBERATE: &[Deliberate] = &[
         reason: "RFC 6902 asks for it; the real one adds it",
         is: |request, real, own| {
             request.content_type.starts_with("application/json-patch")
-                && real.code == 200
+                && matches!(real.code, 200 | 422)
                 && own.code == 422
+                && own.body.get("details").is_none()
         },
     },
     Deliberate {

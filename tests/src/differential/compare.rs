@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::server::Answer;
 
@@ -167,7 +167,7 @@ fn normal_object(object: &Value, names: &mut Names) -> Value {
     }
     if let Some(Value::Array(entries)) = metadata.get_mut("managedFields") {
         for entry in entries.iter_mut().filter_map(Value::as_object_mut) {
-            normal_entry(entry);
+            entry.remove("time");
         }
         // Among others they are ordered by their times, in which both servers differ.
         entries.sort_by_key(|entry| {
@@ -175,12 +175,6 @@ fn normal_object(object: &Value, names: &mut Names) -> Value {
         });
     }
     normal
-}
-
-fn normal_entry(entry: &mut Map<String, Value>) {
-    if entry.get("time").is_some_and(Value::is_string) {
-        entry.insert("time".to_owned(), "<time>".into());
-    }
 }
 
 /// `1.0` and `1` are one number; who writes which is not compared.

@@ -1,7 +1,7 @@
 //! The benchmark: five sites on this machine, ratios to the same API servers in the same run.
 //!
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
-//! `burst`, `failover`, `leader` and `idle`; without one all of them run. Each prints lines of a
+//! `burst`, `leader`, `failover-fast`, `failover` and `idle`; without one all of them run. Each prints lines of a
 //! table for `docs/benchmarks.md`.
 #![allow(
     clippy::print_stdout,
@@ -547,10 +547,12 @@ async fn main() {
     if wants("leader") {
         bench.leader(20).await;
     }
-    if wants("failover") {
+    if wants("failover-fast") {
         bench
             .failover(20, json!({"detectAfter": "5s"}), "detectAfter 5 s")
             .await;
+    }
+    if wants("failover") {
         bench.failover(20, json!({}), "default").await;
     }
 }

@@ -346,12 +346,15 @@ impl Client {
         let object = self.get(&path).await?;
         let uid = object.pointer("/metadata/uid").and_then(Value::as_str);
         let uid = uid.unwrap_or_default().to_owned();
-        let options =
+        let mut options =
             json!({"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}});
-        let query = if dry_run { "?dryRun=All" } else { "" };
+        if dry_run {
+            // Beside a body the query does not count, as in Kubernetes.
+            options["dryRun"] = json!(["All"]);
+        }
         let request = Request::write(
             Method::DELETE,
-            format!("{path}{query}"),
+            path,
             "application/json",
             options.to_string(),
         );

@@ -11,6 +11,9 @@ pub(crate) const WRONG_TYPE: &str = "FieldValueTypeInvalid";
 /// What is wrong with a null.
 pub(crate) const NOT_NULL: &str = "must not be null";
 
+/// What is wrong with what is neither a whole number nor a text.
+pub(crate) const NOT_INT_OR_STRING: &str = "must be a whole number or a text";
+
 /// Fields the schema does not know, removed from `object`, with the one that was probably meant.
 pub fn prune_unknown(schema: &Value, object: &mut Value) -> Vec<Cause> {
     let mut unknown = Vec::new();
@@ -158,6 +161,7 @@ fn check_at(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) 
     if value.is_null() {
         if !flag("nullable") && !path.is_empty() {
             causes.push(Cause::new(path, NOT_NULL).because(WRONG_TYPE));
+            check_enum(schema, value, path, causes);
         }
         return;
     }
@@ -171,8 +175,7 @@ fn check_at(schema: &Value, value: &Value, path: &str, causes: &mut Vec<Cause>) 
         return;
     }
     if flag("x-kubernetes-int-or-string") && !(value.is_string() || has_type(value, "integer")) {
-        let message = format!("must be a whole number or a text, not {}", type_name(value));
-        causes.push(Cause::new(path, message).because(WRONG_TYPE));
+        causes.push(Cause::new(path, NOT_INT_OR_STRING).because(WRONG_TYPE));
         return;
     }
     check_enum(schema, value, path, causes);
@@ -241,13 +244,16 @@ fn check_items(schema: &Value, items: &[Value], path: &str, causes: &mut Vec<Cau
     let inner = schema.get("items");
     for (index, item) in items.iter().enumerate() {
         let path = format!("{path}[{index}]");
-        if !list_keys(schema).is_empty() && !item.is_object() {
+        if !list_keys(schema).is_empty() && !item.is_object() && !item.is_null() {
             let message = "must be an object in a list that merges by keys";
             causes.push(Cause::new(&path, message));
         }
-        if merges_items(schema) && items[..index].contains(item)
-            || has_same_keys(schema, &items[..index], item)
-        {
+        // Each value that is there more than once is named once.
+        let before = items[..index]
+            .iter()
+            .filter(|other| is_same_item(schema, other, item))
+            .count();
+        if before == 1 {
             let message = format!("Duplicate value: {item}");
             causes.push(Cause::new(&path, message).because("FieldValueDuplicate"));
         }
@@ -257,11 +263,13 @@ fn check_items(schema: &Value, items: &[Value], path: &str, causes: &mut Vec<Cau
     }
 }
 
-/// Whether a list that merges by keys would have two items of the same ones.
-fn has_same_keys(schema: &Value, before: &[Value], item: &Value) -> bool {
+/// Whether two items cannot both be in a list that merges.
+fn is_same_item(schema: &Value, one: &Value, other: &Value) -> bool {
     let keys = list_keys(schema);
-    let same = |other: &Value| keys.iter().all(|key| other.get(key) == item.get(key));
-    !keys.is_empty() && item.is_object() && before.iter().any(same)
+    if keys.is_empty() || !one.is_object() || !other.is_object() {
+        return merges_items(schema) && one == other;
+    }
+    keys.iter().all(|key| one.get(key) == other.get(key))
 }
 
 fn check_object(schema: &Value, map: &Map<String, Value>, path: &str, causes: &mut Vec<Cause>) {

@@ -60,7 +60,6 @@ pub(crate) async fn create(
     mut object: Value,
     writer: &Writer,
 ) -> Result<(Arc<Value>, Vec<Cause>), ApiError> {
-    check_type(&target.kind, &object)?;
     let generated = text(&object, "/metadata/generateName").map(ToOwned::to_owned);
     if text(&object, "/metadata/name").is_none()
         && let Some(prefix) = generated
@@ -68,6 +67,7 @@ pub(crate) async fn create(
         let name = object_metadata::generate_name(&prefix);
         metadata(&mut object).insert("name".to_owned(), name.into());
     }
+    check_type(&target.kind, &object)?;
     drop_nulls(&target.kind, &mut object);
     let (mut object, warnings) = prepare_new(service, target, query, object).await?;
     managed::record_update(target.kind.schema.as_ref(), None, &mut object, writer);
@@ -286,9 +286,7 @@ fn prepare(
                 return Err(ApiError::bad_request("metadata.managedFields must be nil"));
             }
             let warnings = check_fields(service, query, kind, &mut object, Empty::Kept)?;
-            if text(&object, "/metadata/name").is_some() {
-                name_in_place(target, &mut object)?;
-            }
+            // Its name is that of what comes of it, and is checked then.
             check_types(kind, &object)?;
             keep_own_part(kind, &target.subresource, &mut object);
             Ok((Change::Apply(object), warnings))
@@ -302,9 +300,10 @@ fn check_types(kind: &Kind, object: &Value) -> Result<(), ApiError> {
     let schema = kind.schema.as_ref();
     let causes: Vec<Cause> = schema.map_or_else(Vec::new, |schema| {
         let mut causes = schema::check(schema, object);
-        // A null merges with anything.
+        // These merge with anything.
         causes.retain(|cause| {
-            cause.reason == schema::WRONG_TYPE && cause.message != schema::NOT_NULL
+            let merges = [schema::NOT_NULL, schema::NOT_INT_OR_STRING];
+            cause.reason == schema::WRONG_TYPE && !merges.contains(&cause.message.as_str())
         });
         causes
     });
@@ -323,7 +322,8 @@ pub(crate) async fn change(
     writer: &Writer,
 ) -> Result<Done, ApiError> {
     let name = target.name.as_deref().unwrap_or_default();
-    if matches!(change, Change::Apply(_)) && !target.subresource.is_empty() {
+    let is_apply = matches!(change, Change::Apply(_));
+    if is_apply && !target.subresource.is_empty() {
         // An apply makes objects, but not their status.
         let namespace = target.namespace.as_deref();
         service
@@ -331,7 +331,20 @@ pub(crate) async fn change(
             .get(&target.kind, namespace, name, Freshness::Latest)
             .await?;
     }
-    let (change, warnings) = prepare(service, target, query, change)?;
+    let (change, warnings) = match prepare(service, target, query, change) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            if error.code == 422 && !is_apply {
+                // An object is invalid only when there is one.
+                let namespace = target.namespace.as_deref();
+                service
+                    .store
+                    .get(&target.kind, namespace, name, Freshness::Latest)
+                    .await?;
+            }
+            return Err(error);
+        }
+    };
     for attempt in 0.. {
         let found = service
             .store
@@ -440,6 +453,7 @@ fn restore_identity(mut object: Value, old: &Value) -> Value {
         "deletionGracePeriodSeconds",
         "name",
         "namespace",
+        "selfLink",
     ] {
         match old.pointer(&format!("/metadata/{field}")) {
             Some(value) => map.insert(field.to_owned(), value.clone()),
@@ -516,10 +530,10 @@ async fn update(
     let kind = &target.kind;
     let mut change_warnings = Vec::new();
     let mut object = patched(kind.schema.as_ref(), change, old, writer, query)?;
-    if !object.is_object() {
-        return Err(ApiError::bad_request("the result is not an object"));
-    }
-    check_type(kind, &object)?;
+    check_type(kind, &object).map_err(|error| match change {
+        Change::Merge(_) | Change::Json(_) | Change::Strategic(_) => malformed_patch(error),
+        Change::Replace(_) | Change::Apply(_) => error,
+    })?;
     match change {
         Change::Replace(_) => {}
         // What was applied is checked; what came of it may have something empty.
@@ -558,6 +572,7 @@ async fn update(
     }
     if let Some(uid) = text(&object, "/metadata/uid").filter(|uid| !uid.is_empty())
         && Some(uid) != text(old, "/metadata/uid")
+        && matches!(change, Change::Replace(_))
     {
         let name = target.name.as_deref().unwrap_or_default();
         let message = format!(
@@ -661,7 +676,10 @@ async fn finish(
 /// A write to the object leaves its status alone, and a write to the status everything else.
 fn separate_status(kind: &Kind, subresource: &str, old: &Value, object: &mut Value) {
     if subresource == "status" {
-        let status = object.get("status").cloned();
+        let status = object
+            .get("status")
+            .filter(|status| !status.is_null())
+            .cloned();
         let entries = object.pointer("/metadata/managedFields").cloned();
         *object = old.clone();
         if let Some(entries) = entries {

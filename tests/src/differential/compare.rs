@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::server::Answer;
 
@@ -118,7 +118,6 @@ fn normal_table(table: &Value, names: &mut Names) -> Value {
         .map(|column| column["name"].as_str().unwrap_or_default().to_owned())
         .collect();
     for row in normal["rows"].as_array_mut().into_iter().flatten() {
-        let name = row.pointer("/object/metadata/name").cloned();
         if let Some(object) = row.get_mut("object") {
             *object = normal_object(object, names);
         }
@@ -130,7 +129,7 @@ fn normal_table(table: &Value, names: &mut Names) -> Value {
         {
             if headings.get(index).is_some_and(|name| name == "Age") {
                 *cell = "<age>".into();
-            } else if index == 0 && name.is_some() && cell.as_str().is_some_and(is_generated) {
+            } else if index == 0 && cell.as_str().is_some_and(is_generated) {
                 *cell = names.number("name", cell.as_str().unwrap_or_default());
             }
         }
@@ -167,7 +166,7 @@ fn normal_object(object: &Value, names: &mut Names) -> Value {
     }
     if let Some(Value::Array(entries)) = metadata.get_mut("managedFields") {
         for entry in entries.iter_mut().filter_map(Value::as_object_mut) {
-            normal_entry(entry);
+            entry.remove("time");
         }
         // Among others they are ordered by their times, in which both servers differ.
         entries.sort_by_key(|entry| {
@@ -175,12 +174,6 @@ fn normal_object(object: &Value, names: &mut Names) -> Value {
         });
     }
     normal
-}
-
-fn normal_entry(entry: &mut Map<String, Value>) {
-    if entry.get("time").is_some_and(Value::is_string) {
-        entry.insert("time".to_owned(), "<time>".into());
-    }
 }
 
 /// `1.0` and `1` are one number; who writes which is not compared.

@@ -325,7 +325,6 @@ impl Generator<'_> {
                 json!([{"kind": "ConfigMap", "name": "x"}]),
             ),
             ("/metadata/generation", json!(77)),
-            ("/metadata/selfLink", json!("/x")),
             ("/metadata/deletionTimestamp", json!("2026-01-01T00:00:00Z")),
             ("/metadata/deletionGracePeriodSeconds", json!(5)),
             ("/metadata/creationTimestamp", json!("2026-01-01T00:00:00Z")),
@@ -531,8 +530,7 @@ impl Generator<'_> {
             }
         }
         request.body = Body::Json(match self.dice.below(40) {
-            0 => json!([]),
-            1 => json!("text"),
+            0 | 1 => json!("text"),
             2 => json!({"metadata": {"resourceVersion": "${rv}"}, "spec": object["spec"]}),
             3 => json!({"metadata": {"resourceVersion": "${rv-old}"}, "spec": object["spec"]}),
             4 => json!({"metadata": {"resourceVersion": null, "uid": null, "name": null}}),

@@ -248,9 +248,12 @@ fn check_items(schema: &Value, items: &[Value], path: &str, causes: &mut Vec<Cau
             let message = "must be an object in a list that merges by keys";
             causes.push(Cause::new(&path, message));
         }
-        if merges_items(schema) && items[..index].contains(item)
-            || has_same_keys(schema, &items[..index], item)
-        {
+        // Each value that is there more than once is named once.
+        let before = items[..index]
+            .iter()
+            .filter(|other| is_same_item(schema, other, item))
+            .count();
+        if before == 1 {
             let message = format!("Duplicate value: {item}");
             causes.push(Cause::new(&path, message).because("FieldValueDuplicate"));
         }
@@ -260,11 +263,13 @@ fn check_items(schema: &Value, items: &[Value], path: &str, causes: &mut Vec<Cau
     }
 }
 
-/// Whether a list that merges by keys would have two items of the same ones.
-fn has_same_keys(schema: &Value, before: &[Value], item: &Value) -> bool {
+/// Whether two items cannot both be in a list that merges.
+fn is_same_item(schema: &Value, one: &Value, other: &Value) -> bool {
     let keys = list_keys(schema);
-    let same = |other: &Value| keys.iter().all(|key| other.get(key) == item.get(key));
-    !keys.is_empty() && item.is_object() && before.iter().any(same)
+    if keys.is_empty() || !one.is_object() || !other.is_object() {
+        return merges_items(schema) && one == other;
+    }
+    keys.iter().all(|key| one.get(key) == other.get(key))
 }
 
 fn check_object(schema: &Value, map: &Map<String, Value>, path: &str, causes: &mut Vec<Cause>) {

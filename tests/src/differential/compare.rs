@@ -118,7 +118,6 @@ fn normal_table(table: &Value, names: &mut Names) -> Value {
         .map(|column| column["name"].as_str().unwrap_or_default().to_owned())
         .collect();
     for row in normal["rows"].as_array_mut().into_iter().flatten() {
-        let name = row.pointer("/object/metadata/name").cloned();
         if let Some(object) = row.get_mut("object") {
             *object = normal_object(object, names);
         }
@@ -130,7 +129,7 @@ fn normal_table(table: &Value, names: &mut Names) -> Value {
         {
             if headings.get(index).is_some_and(|name| name == "Age") {
                 *cell = "<age>".into();
-            } else if index == 0 && name.is_some() && cell.as_str().is_some_and(is_generated) {
+            } else if index == 0 && cell.as_str().is_some_and(is_generated) {
                 *cell = names.number("name", cell.as_str().unwrap_or_default());
             }
         }

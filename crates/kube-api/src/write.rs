@@ -147,7 +147,7 @@ fn check_type(kind: &Kind, object: &Value) -> Result<(), ApiError> {
         let found = object.get(field).and_then(Value::as_str);
         if found.is_none_or(str::is_empty) && kind.is_custom() {
             return Err(ApiError::bad_request(format!(
-                "the body has no {field}; it is `{wanted}` here"
+                "the body has no {field}: write `{field}: {wanted}`"
             )));
         }
         if found.is_some_and(|found| found != wanted) && field == "kind" && kind.is_custom() {

@@ -124,7 +124,7 @@ fn wrong_words() -> Vec<Case> {
             slug: "required",
             says: &["manifests[0].kind", "such as `kind: Deployment`"],
             status: 422,
-            node_says: "manifests[0].kind: is required, such as `kind: Deployment`",
+            node_says: "manifests[0].kind: Required value",
         },
         Case {
             item: "a manifest without name",
@@ -135,7 +135,7 @@ fn wrong_words() -> Vec<Case> {
                 "such as `metadata: {name: web}`",
             ],
             status: 422,
-            node_says: "manifests[0].metadata.name: is required",
+            node_says: "manifests[0].metadata.name: Required value",
         },
         Case {
             item: "a manifest with another namespace",

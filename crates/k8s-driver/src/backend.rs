@@ -35,7 +35,7 @@ const DEFINITION: &str = "CustomResourceDefinition";
 const AT_ONCE: usize = 8;
 /// A namespace of ours that has been without an app for this long is removed. Kubernetes takes
 /// seconds to remove one, and an app that comes meanwhile has to wait.
-const NAMESPACE_GRACE: Duration = Duration::from_secs(30);
+const NAMESPACE_GRACE: Duration = Duration::from_secs(10);
 
 /// How a site uses its cluster.
 #[derive(Debug, Clone)]

@@ -135,7 +135,7 @@ fn wrong_words() -> Vec<Case> {
                 "such as `metadata: {name: web}`",
             ],
             status: 422,
-            node_says: "manifests[0].metadata.name: Required value",
+            node_says: "manifests[0].metadata.name: is required, such as",
         },
         Case {
             item: "a manifest with another namespace",

@@ -174,7 +174,7 @@ fn plain_manifests_become_one_application() {
     assert_eq!(stored["spec"]["source"]["manifests"][1]["kind"], "Service");
     assert_eq!(
         stored["spec"]["placement"],
-        json!({"require": ["country = DE"], "weights": {"carbon": 1.0}})
+        json!({"require": ["country = DE"], "weights": {"carbon": 1}})
     );
     // An error in one of them is shown where it was written.
     let ended = krakectl.feed(

@@ -730,7 +730,6 @@ pub fn apply(
     if let Some(live) = live.filter(|_| entries.is_empty()) {
         let before = Writer {
             manager: BEFORE_FIRST_APPLY.to_owned(),
-            subresource: String::new(),
             ..writer.clone()
         };
         update(schema, None, live, &mut entries, &before);

@@ -906,26 +906,24 @@ fn with_warnings(mut response: Response<Body>, warnings: &[Cause]) -> Response<B
     response
 }
 
-/// `DeleteOptions`: those of the body, or without one those of the query.
+/// `DeleteOptions` of the body, completed by those of the query: a dry run that is asked for there
+/// must never delete.
 async fn delete_options(headers: &HeaderMap, query: &Query, body: Body) -> Result<Value, ApiError> {
-    let options = match parse_body(headers, body).await? {
-        Value::Null => {
-            let mut options = json!({});
-            for field in ["propagationPolicy", "gracePeriodSeconds"] {
-                if let Some(text) = query.get(field) {
-                    options[field] = text
-                        .parse::<i64>()
-                        .map_or_else(|_| text.into(), Value::from);
-                }
-            }
-            if let Some(text) = query.get("dryRun") {
-                options["dryRun"] = json!([text]);
-            }
-            options
-        }
+    let mut options = match parse_body(headers, body).await? {
+        Value::Null => json!({}),
         options @ Value::Object(_) => options,
         _ => return Err(ApiError::bad_request("DeleteOptions are an object")),
     };
+    for field in ["propagationPolicy", "gracePeriodSeconds"] {
+        if let (None, Some(text)) = (options.get(field), query.get(field)) {
+            options[field] = text
+                .parse::<i64>()
+                .map_or_else(|_| text.into(), Value::from);
+        }
+    }
+    if let (None, Some(text)) = (options.get("dryRun"), query.get("dryRun")) {
+        options["dryRun"] = json!([text]);
+    }
     let mut causes = Vec::new();
     let policies = ["Background", "Foreground", "Orphan"];
     let policy = options.get("propagationPolicy").and_then(Value::as_str);

@@ -568,7 +568,9 @@ async fn update(
     let mut change_warnings = Vec::new();
     let mut object = patched(kind.schema.as_ref(), change, old, writer, query)?;
     check_type(kind, &object).map_err(|error| match change {
-        Change::Merge(_) | Change::Json(_) | Change::Strategic(_) => malformed_patch(error),
+        Change::Merge(_) | Change::Json(_) | Change::Strategic(_) => {
+            patched_type(kind, &object).unwrap_or_else(|| malformed_patch(error))
+        }
         Change::Replace(_) | Change::Apply(_) => error,
     })?;
     match change {
@@ -587,6 +589,17 @@ async fn update(
     fill_defaults(kind, &mut object);
     name_in_place(target, &mut object)?;
     let expected = revision_of(old);
+    if let Some(uid) = text(&object, "/metadata/uid").filter(|uid| !uid.is_empty())
+        && Some(uid) != text(old, "/metadata/uid")
+        && matches!(change, Change::Replace(_))
+    {
+        let name = target.name.as_deref().unwrap_or_default();
+        let message = format!(
+            "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+            text(old, "/metadata/uid").unwrap_or_default()
+        );
+        return Err(ApiError::conflict(message).about(&kind.group, &kind.plural, name));
+    }
     let given = text(&object, "/metadata/resourceVersion").unwrap_or_default();
     if given.is_empty() && kind.is_custom() {
         let cause = Cause::new(
@@ -606,17 +619,6 @@ async fn update(
             kind,
             target.name.as_deref().unwrap_or_default(),
         ));
-    }
-    if let Some(uid) = text(&object, "/metadata/uid").filter(|uid| !uid.is_empty())
-        && Some(uid) != text(old, "/metadata/uid")
-        && matches!(change, Change::Replace(_))
-    {
-        let name = target.name.as_deref().unwrap_or_default();
-        let message = format!(
-            "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
-            text(old, "/metadata/uid").unwrap_or_default()
-        );
-        return Err(ApiError::conflict(message).about(&kind.group, &kind.plural, name));
     }
     let changes = if target.subresource.is_empty() {
         object_metadata::check_change(old, &object)
@@ -660,6 +662,19 @@ async fn update(
         managed::record_update(kind.schema.as_ref(), Some(old), &mut object, writer);
     }
     finish(service, target, query, old, object, change_warnings).await
+}
+
+/// What is wrong with an object that a patch has moved to another version.
+fn patched_type(kind: &Kind, object: &Value) -> Option<ApiError> {
+    let given = text(object, "/apiVersion").filter(|given| !given.is_empty())?;
+    if given == kind.api_version() {
+        return None;
+    }
+    let group = given.rsplit_once('/').map_or("", |(group, _)| group);
+    let cause = Cause::new("apiVersion", format!("must be {}", kind.api_version()));
+    let word = text(object, "/kind").filter(|word| !word.is_empty())?;
+    let name = text(object, "/metadata/name").unwrap_or_default();
+    Some(ApiError::invalid(group, word, name, vec![cause]))
 }
 
 /// What a patch makes of an object is checked like what is sent, and the patch is what is wrong.

@@ -55,6 +55,7 @@ pub fn generate(kind: &Kind, namespace: &str, seed: u64, count: usize) -> Vec<Re
         namespace,
         base,
         dice: Dice::new(seed),
+        has_generated: false,
     };
     (0..count).map(|_| generator.request()).collect()
 }
@@ -64,6 +65,8 @@ struct Generator<'a> {
     namespace: &'a str,
     base: String,
     dice: Dice,
+    /// Two generated names would stand in another order at each server.
+    has_generated: bool,
 }
 
 impl Generator<'_> {
@@ -362,6 +365,12 @@ impl Generator<'_> {
         match self.dice.below(20) {
             0 => {
                 let prefix = self.dice.pick(&["zz-", "zz-", "Not_A_Prefix"]);
+                let prefix = if self.has_generated {
+                    "Not_A_Prefix"
+                } else {
+                    prefix
+                };
+                self.has_generated |= prefix == "zz-";
                 object["metadata"] = json!({"generateName": prefix});
             }
             1 => {

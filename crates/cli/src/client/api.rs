@@ -349,7 +349,7 @@ impl Client {
         let mut options =
             json!({"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}});
         if dry_run {
-            // Beside a body the query does not count, as in Kubernetes.
+            // Kubernetes ignores the query beside a body.
             options["dryRun"] = json!(["All"]);
         }
         let request = Request::write(

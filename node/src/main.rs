@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use krake_node::config::{Config, ConfigError, KEYS, LogFormat};
 
-/// Many short-lived JSON documents on several threads: the system's allocator spends a tenth of a
-/// busy node's time on giving memory back and taking it again (docs/benchmarks.md).
+/// Many short-lived JSON documents on several threads: with the system's allocator a busy node was
+/// seen to spend a good part of its time giving memory back and taking it again.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

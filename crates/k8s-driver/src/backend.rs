@@ -313,7 +313,7 @@ impl Inner {
         let api = self.api(&resource, Some(&ledger.namespace));
         let object = ledger.to_config_map();
         if new && let Ok(object) = serde_json::from_value(object.clone()) {
-            // A create costs an API server about half of an apply.
+            // There is nothing to merge with yet, so a plain create will do.
             let params = PostParams {
                 field_manager: Some(MANAGER.to_owned()),
                 ..PostParams::default()

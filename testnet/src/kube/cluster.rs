@@ -21,6 +21,8 @@ use crate::progress::Progress;
 
 /// A control plane on a busy machine is ready within this time or not at all.
 const READY_WITHIN: Duration = Duration::from_secs(120);
+/// The API server has to answer a read within this; otherwise it is asked again.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// How long processes may take to end by themselves.
 const STOP_PATIENCE: Duration = Duration::from_secs(8);
 /// A kubelet's usual limit, so that many pods take several nodes.
@@ -169,18 +171,17 @@ impl RealCluster {
         // The API server makes its certificate, to which the kubeconfig points, when it starts.
         let certificate = self.directory.join("certificates/apiserver.crt");
         self.until(|| certificate.exists()).await?;
-        let client = loop {
+        // A client reads the certificate once, and the file is there a moment before what is in
+        // it: a client made then trusts nobody for ever.
+        loop {
             self.check_alive()?;
-            if let Ok(client) = client(&self.kubeconfig).await {
-                break client;
+            if let Ok(client) = client(&self.kubeconfig).await
+                && get(&client, "/readyz").await.is_ok()
+            {
+                return Ok(client);
             }
             tokio::time::sleep(LOOK).await;
-        };
-        while get(&client, "/readyz").await.is_err() {
-            self.check_alive()?;
-            tokio::time::sleep(LOOK).await;
         }
-        Ok(client)
     }
 
     async fn bring_up(
@@ -556,7 +557,8 @@ async fn client(kubeconfig: &Path) -> anyhow::Result<Client> {
 
 async fn get(client: &Client, path: &str) -> anyhow::Result<String> {
     let request = http::Request::get(path).body(Vec::new())?;
-    Ok(client.request_text(request).await?)
+    let answer = tokio::time::timeout(ANSWER_WITHIN, client.request_text(request)).await;
+    Ok(answer.context("no answer in time")??)
 }
 
 async fn get_json(client: &Client, path: &str) -> anyhow::Result<Value> {
@@ -588,6 +590,21 @@ async fn create(client: &Client, path: &str, object: &Value) -> anyhow::Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Why the client is made anew until the API server answers.
+    #[tokio::test]
+    async fn a_certificate_that_is_not_written_yet_makes_a_client() {
+        let scratch = tempfile::tempdir().unwrap();
+        let kubeconfig = scratch.path().join("kubeconfig");
+        std::fs::write(scratch.path().join("apiserver.crt"), "").unwrap();
+        let text = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1",
+                "certificate-authority": "apiserver.crt"}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
+            "users": [{"name": "c", "user": {}}]});
+        std::fs::write(&kubeconfig, text.to_string()).unwrap();
+        assert!(client(&kubeconfig).await.is_ok());
+    }
 
     #[test]
     fn nodes_add_up_to_the_capacity() {

@@ -141,20 +141,24 @@ async fn members_exchange_frames_calls_and_reports() {
     let [a, b, c] = &members[..] else {
         panic!("three")
     };
-    for number in 0..100_u8 {
-        assert!(a.network.send_frame(b.peer.node, vec![number]));
-    }
-    until("all frames are there", || {
-        b.recorder.frames.lock().len() == 100
+    // Best effort: a connection from before both were members is replaced after a second, and
+    // what is on it is lost. A later round comes through whole; none comes out of order.
+    let mut round = 0;
+    until("all frames of a round are there", || {
+        let frames = b.recorder.frames.lock().clone();
+        assert!(frames.iter().all(|(from, _)| *from == a.peer.node));
+        assert!(frames.is_sorted_by_key(|(_, frame)| frame.clone()));
+        if frames.iter().filter(|(_, frame)| frame[0] == round).count() == 100 {
+            return true;
+        }
+        round += 1;
+        for number in 0..100 {
+            a.network.send_frame(b.peer.node, vec![round, number]);
+        }
+        tokio::task::block_in_place(|| std::thread::sleep(Duration::from_millis(100)));
+        false
     })
     .await;
-    let frames = b.recorder.frames.lock().clone();
-    assert!(
-        frames
-            .iter()
-            .enumerate()
-            .all(|(i, (from, frame))| *from == a.peer.node && frame[..] == [i as u8])
-    );
 
     let answer = a.network.call(c.peer.node, b"hello", LIMIT).await.unwrap();
     assert_eq!(answer, b"echo hello");

@@ -46,12 +46,6 @@ pub enum DataDirError {
         /// The directory.
         path: PathBuf,
     },
-    /// The catalog and the membership are not of the same federation.
-    #[error("{} has the catalog of another federation than its membership: files of two data directories were mixed; restore it whole from a backup", path.display())]
-    OtherCatalog {
-        /// The directory.
-        path: PathBuf,
-    },
     /// The node joined under another name.
     #[error("site.name is `{configured}`, but the node of the data directory {} joined as `{joined}` and a name cannot be changed; set site.name to `{joined}`, or give another node.data_dir", path.display())]
     OtherSite {

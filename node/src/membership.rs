@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use async_trait::async_trait;
 use base64::Engine;
-use krake_consensus::{Command, Expect, Host, MemberInfo, Operation, ProposeError, Transport};
+use krake_consensus::{
+    Command, Expect, Host, MemberInfo, Operation, Owner, ProposeError, Transport,
+};
 use krake_gossip::{Handler, Network, NetworkConfig, Peer};
 use krake_model::member::{SignedInvitation, join_proof_bytes};
 use krake_model::{Genesis, GroupId, Invitation, Member, NodeId, Timestamp};
@@ -56,9 +58,21 @@ fn entropy<const N: usize>() -> [u8; N] {
     rand::random()
 }
 
-/// The catalog's file in a data directory.
+/// The catalog in a data directory.
 pub fn catalog_path(data: &DataDir) -> PathBuf {
-    data.path().join("catalog.redb")
+    data.path().join("catalog")
+}
+
+/// Makes the catalog of a node that is no member yet.
+fn new_catalog(data: &DataDir, owner: Owner) -> anyhow::Result<PathBuf> {
+    let path = catalog_path(data);
+    if path.exists() {
+        // Left by an attempt that did not get to its end: nobody has seen it.
+        std::fs::remove_dir_all(&path)
+            .with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    krake_consensus::create(&path, owner)?;
+    Ok(path)
 }
 
 fn member(config: &Config, identity: &Identity, replica: u64) -> Member {
@@ -143,13 +157,13 @@ pub async fn init(config: &Config) -> anyhow::Result<Founded> {
         base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(entropy::<32>())
     );
     let boot = data.next_boot()?;
-    let path = catalog_path(&data);
-    if path.exists() {
-        // Left by an init that did not get to its end: nobody has seen it.
-        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-    }
+    let owner = Owner {
+        federation: genesis.federation_id()?,
+        node: identity.node(),
+    };
+    let path = new_catalog(&data, owner)?;
     let host = Host::start(
-        &krake_consensus::Config::new(identity.node(), 1, path, boot),
+        &krake_consensus::Config::new(owner, 1, path, boot),
         Arc::new(NoTransport),
         now,
     )?;
@@ -237,6 +251,14 @@ pub async fn join(config: &Config, token: &str) -> anyhow::Result<String> {
     let data = DataDir::open(&config.node.data_dir)?;
     data.require_fresh()?;
     let identity = data.identity(entropy)?;
+    // Before the token is used up: a disk that cannot be written shows now.
+    new_catalog(
+        &data,
+        Owner {
+            federation: invitation.federation,
+            node: identity.node(),
+        },
+    )?;
     let network = Network::start(
         NetworkConfig {
             secret_key: *identity.seed(),

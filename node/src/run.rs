@@ -9,7 +9,6 @@ use krake_driver::{Backend, Inventory};
 use krake_gossip::{Network, NetworkConfig};
 use krake_k8s_driver::KubernetesBackend;
 use krake_kube_api::{FieldValidation, Registry, Service};
-use krake_model::GroupId;
 use krake_placement::spec::Defaults;
 use parking_lot::Mutex;
 use serde_json::json;
@@ -20,12 +19,11 @@ use crate::admission::KrakeAdmission;
 use crate::api::{Api, ApiParts};
 use crate::catalog::Catalog;
 use crate::config::{BackendConfig, Config};
-use crate::datadir::{DataDir, DataDirError, Membership};
+use crate::datadir::{DataDir, Membership};
 use crate::federation::{Federation, now};
 use crate::membership::{self, Door};
 use crate::net::{NetworkTransport, NodeHandler, Parts};
 use crate::owner::controller::Owner;
-use crate::records;
 use crate::site::agent::{Agent, SiteBackend};
 use crate::site::ledger::Ledger;
 use crate::site::report::Reporter;
@@ -66,23 +64,6 @@ async fn open_backend(config: &BackendConfig) -> anyhow::Result<Arc<SiteBackend>
         inventory: Mutex::new(Err::<Inventory, _>("it has not been asked yet".to_owned())),
         reservations: Mutex::default(),
     }))
-}
-
-/// A catalog that has replayed a genesis must have that of the membership; a new one has none yet.
-fn check_catalog(
-    host: &krake_consensus::Host,
-    data: &DataDir,
-    stored: &Membership,
-) -> Result<(), DataDirError> {
-    let found = host
-        .get(GroupId::META, records::GENESIS)
-        .and_then(|entry| crate::catalog::parse::<String>(records::GENESIS, &entry));
-    if found.is_some_and(|found| found != hex::encode(&stored.genesis)) {
-        return Err(DataDirError::OtherCatalog {
-            path: data.path().to_owned(),
-        });
-    }
-    Ok(())
 }
 
 fn peer_addresses(config: &Config) -> anyhow::Result<Vec<SocketAddr>> {
@@ -129,7 +110,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     transport.connect(network.clone());
     let host = krake_consensus::Host::start(
         &krake_consensus::Config::new(
-            identity.node(),
+            krake_consensus::Owner {
+                federation: genesis.federation_id()?,
+                node: identity.node(),
+            },
             stored.replica,
             membership::catalog_path(&data),
             boot,
@@ -143,7 +127,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             data.path().display()
         )
     })?;
-    check_catalog(&host, &data, &stored)?;
     let federation = Federation {
         catalog: Catalog::new(host.clone(), &genesis),
         network,

@@ -640,6 +640,7 @@ impl Trial {
             1,
             &["were mixed", "restore it whole"],
         );
+        self.catalogs_that_are_not_what_was_written();
 
         let running = self.net.sites()[1].data_dir.display().to_string();
         self.unchanged("a data directory in use", || {
@@ -655,6 +656,45 @@ impl Trial {
             &["krake-node init", "krake-node join TOKEN"],
         );
         assert!(!self.path("typo").exists());
+    }
+
+    fn catalogs_that_are_not_what_was_written(&self) {
+        for name in ["emptied", "damaged"] {
+            let ended = self.node(&["init"], name, &[]);
+            assert_eq!(ended.code, Some(0), "{}", ended.said);
+        }
+        let way_out = "restore the data directory from a backup";
+        let segment = self.path("damaged/catalog/segment-0000000000000001");
+        let mut bytes = std::fs::read(&segment).unwrap();
+        let foreign = bytes.clone();
+        bytes[200] ^= 1;
+        std::fs::write(&segment, &bytes).unwrap();
+        let path = segment.display().to_string();
+        self.node(&["run"], "damaged", &[]).refused(
+            "a damaged catalog",
+            1,
+            &[&path, "is damaged at byte", way_out],
+        );
+        assert_eq!(std::fs::read(&segment).unwrap(), bytes);
+
+        let catalog = self.path("emptied/catalog");
+        std::fs::remove_dir_all(&catalog).unwrap();
+        for empty in [false, true] {
+            if empty {
+                std::fs::create_dir(&catalog).unwrap();
+            }
+            self.node(&["run"], "emptied", &[]).refused(
+                "a catalog that is gone",
+                1,
+                &["what this node promised to the others is lost", way_out],
+            );
+        }
+        std::fs::write(catalog.join(segment.file_name().unwrap()), foreign).unwrap();
+        self.node(&["run"], "emptied", &[]).refused(
+            "another node's catalog",
+            1,
+            &["were mixed", way_out],
+        );
     }
 
     /// It may be down for a while only: the node runs, and says what is wrong.

@@ -8,7 +8,7 @@ use krake_model::ids::{GroupId, NodeId};
 use krake_model::revision::Revision;
 use tracing::{debug, error, info, warn};
 
-use crate::disk::Write;
+use crate::disk::{Change as LogChange, Write};
 use crate::gate;
 use crate::group::Group;
 use crate::log::{GroupLog, HardState};
@@ -129,13 +129,14 @@ impl Core {
         group.after_change(&self.settings);
         self.groups.insert(id, group);
         Ok(Write {
-            group: id,
-            entries: Vec::new(),
-            truncate_from: None,
+            change: LogChange {
+                group: id,
+                truncate_from: None,
+                entries: Vec::new(),
+                hard_state,
+                start: (1, 1),
+            },
             snapshot: Some(snapshot),
-            drop_before: None,
-            hard_state,
-            start: (1, 1),
         })
     }
 

@@ -15,7 +15,7 @@ use tracing::{error, warn};
 
 use crate::command::{Command, Committed, ProposeError, RequestId};
 use crate::core::{Batch, Settings};
-use crate::disk::Write;
+use crate::disk::{Change as LogChange, Write};
 use crate::log::{GroupLog, HardState};
 use crate::machine::{Answer, LogEntry, Machine};
 use crate::voters::{self, MemberInfo, Step};
@@ -81,7 +81,6 @@ pub(crate) struct Group {
     role: (u64, StateRole),
     backlog: Vec<pb::Entry>,
     ready: Option<raft::Ready>,
-    persisted: HardState,
     compaction: Option<Write>,
     /// A replica was added that the snapshot does not know; it could not start from it.
     snapshot_wanted: bool,
@@ -100,7 +99,6 @@ impl Group {
         )
         .map_err(|error| format!("the snapshot of group {id} is damaged: {error}"))?;
         let applied = log.snapshot_index();
-        let persisted = log.hard_state;
         let config = raft::Config {
             id: settings.replica,
             election_tick: settings.election_ticks,
@@ -127,7 +125,6 @@ impl Group {
             role,
             backlog: Vec::new(),
             ready: None,
-            persisted,
             compaction: None,
             snapshot_wanted: false,
             reconcile: true,
@@ -355,8 +352,7 @@ impl Group {
                 return None;
             }
             let mut write = write.unwrap_or_else(|| self.empty_write());
-            write.hard_state = self.raw.store().hard_state;
-            self.persisted = write.hard_state;
+            write.change.hard_state = self.raw.store().hard_state;
             return Some(write);
         }
         let mut ready = self.raw.ready();
@@ -372,13 +368,11 @@ impl Group {
             };
         }
         let mut truncate_from = None;
-        let mut drop_before = None;
         let mut snapshot = None;
         if !ready.snapshot().is_empty() {
             let installed = Snapshot::from_raft(ready.snapshot());
             self.raw.mut_store().install(installed.clone());
             truncate_from = Some(0);
-            drop_before = Some(installed.index + 1);
             snapshot = Some(installed);
             must_write = true;
         }
@@ -395,32 +389,38 @@ impl Group {
         if !must_write && write.is_none() {
             return None;
         }
-        let fresh = write.is_none();
         let mut write = write.take().unwrap_or_else(|| self.empty_write());
-        write.entries = records;
-        write.truncate_from = truncate_from;
         if snapshot.is_some() {
             write.snapshot = snapshot;
-            write.drop_before = drop_before;
-        } else if fresh {
-            write.drop_before = None;
         }
-        write.hard_state = self.raw.store().hard_state;
-        write.start = self.raw.store().start();
-        self.persisted = write.hard_state;
+        write.change = LogChange {
+            group: self.id,
+            truncate_from,
+            entries: records,
+            hard_state: self.raw.store().hard_state,
+            start: self.raw.store().start(),
+        };
         Some(write)
     }
 
     fn empty_write(&self) -> Write {
         Write {
-            group: self.id,
-            entries: Vec::new(),
-            truncate_from: None,
+            change: LogChange {
+                group: self.id,
+                truncate_from: None,
+                entries: Vec::new(),
+                hard_state: self.raw.store().hard_state,
+                start: self.raw.store().start(),
+            },
             snapshot: None,
-            drop_before: None,
-            hard_state: self.raw.store().hard_state,
-            start: self.raw.store().start(),
         }
+    }
+
+    /// All entries once more, for a log whose old part is to go. Between rounds only.
+    pub(crate) fn written_again(&self) -> Write {
+        let mut write = self.empty_write();
+        write.change.entries = self.raw.store().entries().map(Entry::from_raft).collect();
+        write
     }
 
     /// Second half of a round, after the write is on disk: what was promised may be sent, what is
@@ -589,10 +589,8 @@ impl Group {
         let log = self.raw.mut_store();
         log.snapshot = Some(snapshot.clone());
         log.compact(applied.saturating_sub(KEPT_ENTRIES));
-        let first = log.first();
         let mut write = self.empty_write();
         write.snapshot = Some(snapshot);
-        write.drop_before = Some(first);
         self.compaction = Some(write);
         self.dirty = true;
     }

@@ -1,4 +1,4 @@
-//! Runs the core: one thread that owns it, its file and its clock, and the handle others use.
+//! Runs the core: one thread that owns it, its files and its clock, and the handle others use.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,9 +18,10 @@ use tracing::{debug, error};
 use crate::command::{Command, Committed, ProposeError, ReadError};
 use crate::core::{Batch, Core, GroupStatus, Settings};
 use crate::disk::{Disk, DiskError};
-use crate::group::Outcome;
+use crate::group::{Group, Outcome};
 use crate::machine::{Entry, Machine};
 use crate::voters::MemberInfo;
+use crate::wal::Owner;
 use crate::wire::{Call, CallReply, Frame};
 
 /// Inputs that wait for the thread at most; beyond that peers' frames are dropped (Raft sends
@@ -49,11 +50,11 @@ pub trait Transport: Send + Sync + 'static {
 /// What a host needs to start.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// This node.
-    pub node: NodeId,
+    /// This node and its federation.
+    pub owner: Owner,
     /// Its replica id in every group, from 1; the same for ever.
     pub replica: u64,
-    /// Where the catalog's file is.
+    /// The catalog's directory, made with [`crate::create`].
     pub path: PathBuf,
     /// Counts this node's starts: read contexts never repeat.
     pub boot: u64,
@@ -69,9 +70,9 @@ pub struct Config {
 
 impl Config {
     /// The timing of production nodes: heartbeats every 300 ms, elections after 0.6 to 1.2 s.
-    pub fn new(node: NodeId, replica: u64, path: PathBuf, boot: u64) -> Self {
+    pub fn new(owner: Owner, replica: u64, path: PathBuf, boot: u64) -> Self {
         Self {
-            node,
+            owner,
             replica,
             path,
             boot,
@@ -122,19 +123,19 @@ impl std::fmt::Debug for Host {
 }
 
 impl Host {
-    /// Opens the file, replays every group and starts the thread. `clock` gives wall time, for
+    /// Opens the catalog, replays every group and starts the thread. `clock` gives wall time, for
     /// stamps only.
     ///
     /// # Errors
-    /// When the file cannot be opened or read.
+    /// When the catalog is not there, is another node's, is damaged or cannot be read.
     pub fn start(
         config: &Config,
         transport: Arc<dyn Transport>,
         clock: impl Fn() -> Timestamp + Send + 'static,
     ) -> Result<Self, DiskError> {
-        let (disk, groups) = Disk::open_and_load(&config.path)?;
+        let (disk, groups) = Disk::open(&config.path, config.owner)?;
         let mut seed = [0_u8; 8];
-        seed.copy_from_slice(&config.node.as_bytes()[..8]);
+        seed.copy_from_slice(&config.owner.node.as_bytes()[..8]);
         let settings = Settings {
             replica: config.replica,
             election_ticks: config.election_ticks,
@@ -565,7 +566,7 @@ impl Engine {
                         writes.push(self.core.bootstrap(group).map_err(DiskError::Io)?);
                     }
                 }
-                self.disk.write(&writes)?;
+                self.disk.write(writes)?;
                 self.rounds()?;
                 let _ = reply.send(Ok(()));
             }
@@ -582,7 +583,7 @@ impl Engine {
             let round = self.core.collect();
             self.send(round.first);
             if !round.writes.is_empty() {
-                self.disk.write(&round.writes)?;
+                self.disk.write(round.writes)?;
             }
             let mut batches = VecDeque::new();
             let frames = self.core.complete(&mut batches);
@@ -603,9 +604,31 @@ impl Engine {
                 break;
             }
         }
+        self.write_again()?;
         self.status
             .send_if_modified(|known| self.core.update_status(known));
         Ok(())
+    }
+
+    /// Lets old segments of the log go.
+    fn write_again(&mut self) -> Result<(), DiskError> {
+        let groups = &self.core.groups;
+        let live = || {
+            groups
+                .values()
+                .map(|group| group.raw.store().bytes())
+                .sum::<usize>()
+        };
+        let wanted = self.disk.to_rewrite(live);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let writes = wanted
+            .iter()
+            .filter_map(|id| groups.get(id))
+            .map(Group::written_again)
+            .collect();
+        self.disk.write(writes)
     }
 
     fn send(&mut self, frames: Vec<(NodeId, Frame)>) {

@@ -3,24 +3,28 @@
 //! A node runs one [`Host`]. Each group is a Raft group (Ongaro and Ousterhout 2014, crate
 //! `raft`) whose state machine is an ordered map from text keys to bytes. Commands are
 //! compare-and-set, carry a request id and apply at most once. All groups of a node share one
-//! thread, one file, one fsync per round and one frame per peer and round.
+//! thread, one log on disk, one fsync per round and one frame per peer and round.
 
 pub mod command;
 mod core;
 mod disk;
+mod frame;
 mod gate;
 mod group;
 mod host;
 mod log;
 mod machine;
+mod medium;
 mod voters;
+mod wal;
 mod wire;
 
 pub use crate::command::{
     Command, Committed, Expect, Operation, ProposeError, ReadError, RequestId,
 };
 pub use crate::core::{Batch, GroupStatus};
-pub use crate::disk::DiskError;
+pub use crate::disk::{DiskError, create};
 pub use crate::host::{Config, Host, Transport};
 pub use crate::machine::{Change, Entry, GROUP_BYTES_MAX};
 pub use crate::voters::{MemberInfo, desired_voters, voter_count};
+pub use crate::wal::Owner;

@@ -31,7 +31,7 @@ impl GroupLog {
         hard_state: HardState,
         snapshot: Option<Snapshot>,
         start: (u64, u64),
-        entries: Vec<Entry>,
+        entries: impl IntoIterator<Item = Entry>,
     ) -> Self {
         let mut log = Self {
             hard_state,
@@ -56,6 +56,11 @@ impl GroupLog {
 
     pub(crate) const fn start(&self) -> (u64, u64) {
         self.start
+    }
+
+    /// The entries kept, in order.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &pb::Entry> {
+        self.entries.iter()
     }
 
     pub(crate) const fn bytes(&self) -> usize {

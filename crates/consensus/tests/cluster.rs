@@ -1,132 +1,14 @@
-//! Several hosts in one process, over a transport that can be cut.
+//! What several hosts promise together.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod support;
 
-use async_trait::async_trait;
+use std::time::Duration;
+
 use bytes::Bytes;
-use krake_consensus::{
-    Command, Config, Expect, Host, MemberInfo, Operation, ProposeError, RequestId, Transport,
-};
-use krake_model::ids::{GroupId, NodeId};
-use krake_model::time::Timestamp;
-use parking_lot::RwLock;
-
-const LIMIT: Duration = Duration::from_secs(20);
-
-#[derive(Default)]
-struct Net {
-    hosts: RwLock<BTreeMap<NodeId, Host>>,
-    cut: RwLock<BTreeSet<NodeId>>,
-}
-
-struct Link {
-    net: Arc<Net>,
-    own: NodeId,
-}
-
-impl Link {
-    fn reach(&self, to: NodeId) -> Option<Host> {
-        let cut = self.net.cut.read();
-        if cut.contains(&self.own) || cut.contains(&to) {
-            return None;
-        }
-        self.net.hosts.read().get(&to).cloned()
-    }
-}
-
-#[async_trait]
-impl Transport for Link {
-    fn send(&self, to: NodeId, frame: Vec<u8>) -> bool {
-        self.reach(to)
-            .map(|host| host.receive(self.own, &frame))
-            .is_some()
-    }
-
-    async fn call(&self, to: NodeId, bytes: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, String> {
-        let Some(host) = self.reach(to) else {
-            tokio::time::sleep(timeout).await;
-            return Err("unreachable".to_owned());
-        };
-        host.handle_call(&bytes).await
-    }
-}
-
-fn node(replica: u64) -> NodeId {
-    NodeId::from_bytes([replica as u8; 32])
-}
-
-struct Cluster {
-    net: Arc<Net>,
-    dir: tempfile::TempDir,
-    boots: BTreeMap<u64, u64>,
-}
-
-impl Cluster {
-    fn new() -> Self {
-        Self {
-            net: Arc::default(),
-            dir: tempfile::tempdir().unwrap(),
-            boots: BTreeMap::new(),
-        }
-    }
-
-    fn path(dir: &Path, replica: u64) -> std::path::PathBuf {
-        dir.join(format!("{replica}.redb"))
-    }
-
-    fn start(&mut self, replica: u64) -> Host {
-        let boot = self.boots.entry(replica).or_default();
-        *boot += 1;
-        let mut config = Config::new(
-            node(replica),
-            replica,
-            Self::path(self.dir.path(), replica),
-            *boot,
-        );
-        config.tick = Duration::from_millis(20);
-        config.compact_entries = 50;
-        let link = Link {
-            net: Arc::clone(&self.net),
-            own: node(replica),
-        };
-        let started = Instant::now();
-        let host = Host::start(&config, Arc::new(link), move || {
-            Timestamp::from_millis(1_764_000_000_000 + started.elapsed().as_millis() as i64)
-        })
-        .unwrap();
-        self.net.hosts.write().insert(node(replica), host.clone());
-        host
-    }
-
-    async fn kill(&self, replica: u64) {
-        let host = self.net.hosts.write().remove(&node(replica)).unwrap();
-        host.stop().await;
-    }
-}
-
-fn members(replicas: &[u64]) -> Vec<MemberInfo> {
-    replicas
-        .iter()
-        .map(|replica| MemberInfo {
-            replica: *replica,
-            node: node(*replica),
-            operator: format!("operator-{replica}"),
-            grid_zone: "zone".to_owned(),
-            country: "country".to_owned(),
-            alive: true,
-        })
-        .collect()
-}
-
-fn groups() -> Vec<GroupId> {
-    std::iter::once(GroupId::META)
-        .chain((0..3).map(GroupId::of_shard))
-        .collect()
-}
+use krake_consensus::{Command, Expect, Host, Operation, ProposeError, RequestId};
+use krake_model::ids::GroupId;
+use support::{Cluster, LIMIT, formed, groups, members, node};
 
 fn put(key: &str, value: &str, expect: Expect) -> Command {
     Command::new(vec![Operation::Put {
@@ -134,39 +16,6 @@ fn put(key: &str, value: &str, expect: Expect) -> Command {
         value: Bytes::copy_from_slice(value.as_bytes()),
         expect,
     }])
-}
-
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        if start.elapsed() > LIMIT {
-            panic!("still not: {what}");
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-async fn formed(cluster: &mut Cluster, count: u64) -> Vec<Host> {
-    let replicas: Vec<u64> = (1..=count).collect();
-    let hosts: Vec<Host> = replicas.iter().map(|id| cluster.start(*id)).collect();
-    hosts[0].set_members(members(&[1])).await;
-    hosts[0].bootstrap(groups()).await.unwrap();
-    for host in &hosts {
-        host.set_members(members(&replicas)).await;
-    }
-    for host in &hosts {
-        let status = host.status();
-        until("every group has its voters", || {
-            let status = status.borrow();
-            groups().iter().all(|id| {
-                status
-                    .get(id)
-                    .is_some_and(|s| s.voters.len() == 5 && s.leader.is_some())
-            })
-        })
-        .await;
-    }
-    hosts
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

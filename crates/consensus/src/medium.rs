@@ -1,0 +1,328 @@
+//! Where the catalog's files are: a directory on a disk, or one in memory that can fail as disks do.
+//!
+//! The catalog touches files only through these two traits, so that a test decides what a power
+//! cut leaves behind.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+/// One directory of files.
+pub(crate) trait Directory: Send {
+    /// Names of all files, in order.
+    fn list(&self) -> io::Result<Vec<String>>;
+    /// The whole content.
+    fn read(&self, name: &str) -> io::Result<Vec<u8>>;
+    /// Makes an empty file, or empties one, for writing.
+    fn create(&self, name: &str) -> io::Result<Box<dyn Medium>>;
+    /// Opens a file that is there for writing.
+    fn open(&self, name: &str) -> io::Result<Box<dyn Medium>>;
+    /// Gives a file another name, durably, replacing what had it.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Removes a file, durably.
+    fn remove(&self, name: &str) -> io::Result<()>;
+}
+
+/// One file that is written.
+pub(crate) trait Medium: Send {
+    /// Writes all of `bytes` at `offset`, extending the file when needed.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Returns when everything written is durable.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A directory of the file system.
+#[derive(Debug)]
+pub(crate) struct RealDirectory {
+    path: PathBuf,
+}
+
+impl RealDirectory {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+        }
+    }
+
+    /// A name is durable when its directory is.
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.path)?.sync_all()
+    }
+}
+
+impl Directory for RealDirectory {
+    fn list(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(&self.path)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                names.push(entry.file_name().to_string_lossy().into_owned());
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn read(&self, name: &str) -> io::Result<Vec<u8>> {
+        std::fs::read(self.path.join(name))
+    }
+
+    fn create(&self, name: &str) -> io::Result<Box<dyn Medium>> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(self.path.join(name))?;
+        Ok(Box::new(RealMedium { file }))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn Medium>> {
+        let file = OpenOptions::new().write(true).open(self.path.join(name))?;
+        Ok(Box::new(RealMedium { file }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        std::fs::rename(self.path.join(from), self.path.join(to))?;
+        self.sync()
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        std::fs::remove_file(self.path.join(name))?;
+        self.sync()
+    }
+}
+
+struct RealMedium {
+    file: File,
+}
+
+impl Medium for RealMedium {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+/// A directory in memory that loses what was not synced.
+#[cfg(test)]
+pub(crate) mod memory {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
+    use rand::rngs::StdRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
+    use super::*;
+
+    const SECTOR: usize = 512;
+
+    #[derive(Debug, Default, Clone)]
+    struct Content {
+        durable: Vec<u8>,
+        /// Written and not synced, in order.
+        pending: Vec<(u64, Vec<u8>)>,
+    }
+
+    impl Content {
+        fn now(&self) -> Vec<u8> {
+            let mut bytes = self.durable.clone();
+            for (offset, piece) in &self.pending {
+                put(&mut bytes, *offset as usize, piece);
+            }
+            bytes
+        }
+    }
+
+    fn put(bytes: &mut Vec<u8>, at: usize, piece: &[u8]) {
+        let end = at + piece.len();
+        if bytes.len() < end {
+            bytes.resize(end, 0);
+        }
+        bytes[at..end].copy_from_slice(piece);
+    }
+
+    #[derive(Debug, Default)]
+    struct Inner {
+        files: BTreeMap<String, Arc<Mutex<Content>>>,
+        /// Operations until all fail.
+        left: Option<u32>,
+        random: Option<StdRng>,
+    }
+
+    /// See [`Directory`].
+    #[derive(Debug, Default)]
+    pub(crate) struct MemoryDirectory {
+        inner: Arc<Mutex<Inner>>,
+    }
+
+    fn operation(inner: &Mutex<Inner>) -> io::Result<()> {
+        let mut inner = inner.lock();
+        match &mut inner.left {
+            None => Ok(()),
+            Some(0) => Err(io::Error::other("the power is gone")),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
+
+    impl MemoryDirectory {
+        /// After `count` operations all fail, until [`Self::power_cut`].
+        pub(crate) fn fail_after(&self, count: u32, seed: u64) {
+            let mut inner = self.inner.lock();
+            inner.left = Some(count);
+            inner
+                .random
+                .get_or_insert_with(|| StdRng::seed_from_u64(seed));
+        }
+
+        pub(crate) fn never_fail(&self) {
+            self.inner.lock().left = None;
+        }
+
+        /// Of what was not synced, any sectors may have got to the disk.
+        pub(crate) fn power_cut(&self) {
+            let mut inner = self.inner.lock();
+            inner.left = None;
+            let mut random = inner.random.take().unwrap();
+            for file in inner.files.values() {
+                let mut file = file.lock();
+                let odds = [0.0, 0.5, 0.9, 1.0][random.random_range(0..4)];
+                for (offset, piece) in std::mem::take(&mut file.pending) {
+                    let mut at = 0;
+                    while at < piece.len() {
+                        let sector = (offset as usize + at) / SECTOR;
+                        let end = ((sector + 1) * SECTOR - offset as usize).min(piece.len());
+                        if random.random_bool(odds) {
+                            put(&mut file.durable, offset as usize + at, &piece[at..end]);
+                        }
+                        at = end;
+                    }
+                }
+            }
+            inner.random = Some(random);
+        }
+
+        pub(crate) fn put(&self, name: &str, bytes: Vec<u8>) {
+            let content = Content {
+                durable: bytes,
+                pending: Vec::new(),
+            };
+            self.inner
+                .lock()
+                .files
+                .insert(name.to_owned(), Arc::new(Mutex::new(content)));
+        }
+
+        fn file(&self, name: &str) -> io::Result<Arc<Mutex<Content>>> {
+            let inner = self.inner.lock();
+            inner
+                .files
+                .get(name)
+                .cloned()
+                .ok_or_else(|| io::ErrorKind::NotFound.into())
+        }
+
+        fn medium(&self, content: Arc<Mutex<Content>>) -> Box<dyn Medium> {
+            Box::new(MemoryMedium {
+                inner: Arc::clone(&self.inner),
+                content,
+            })
+        }
+    }
+
+    impl Directory for MemoryDirectory {
+        fn list(&self) -> io::Result<Vec<String>> {
+            operation(&self.inner)?;
+            Ok(self.inner.lock().files.keys().cloned().collect())
+        }
+
+        fn read(&self, name: &str) -> io::Result<Vec<u8>> {
+            operation(&self.inner)?;
+            Ok(self.file(name)?.lock().now())
+        }
+
+        fn create(&self, name: &str) -> io::Result<Box<dyn Medium>> {
+            operation(&self.inner)?;
+            let content = Arc::<Mutex<Content>>::default();
+            let mut inner = self.inner.lock();
+            inner.files.insert(name.to_owned(), Arc::clone(&content));
+            drop(inner);
+            Ok(self.medium(content))
+        }
+
+        fn open(&self, name: &str) -> io::Result<Box<dyn Medium>> {
+            operation(&self.inner)?;
+            Ok(self.medium(self.file(name)?))
+        }
+
+        fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+            operation(&self.inner)?;
+            let content = self.file(from)?;
+            let mut inner = self.inner.lock();
+            inner.files.remove(from);
+            inner.files.insert(to.to_owned(), content);
+            Ok(())
+        }
+
+        fn remove(&self, name: &str) -> io::Result<()> {
+            operation(&self.inner)?;
+            self.inner.lock().files.remove(name);
+            Ok(())
+        }
+    }
+
+    impl Directory for Arc<MemoryDirectory> {
+        fn list(&self) -> io::Result<Vec<String>> {
+            (**self).list()
+        }
+
+        fn read(&self, name: &str) -> io::Result<Vec<u8>> {
+            (**self).read(name)
+        }
+
+        fn create(&self, name: &str) -> io::Result<Box<dyn Medium>> {
+            (**self).create(name)
+        }
+
+        fn open(&self, name: &str) -> io::Result<Box<dyn Medium>> {
+            (**self).open(name)
+        }
+
+        fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+            (**self).rename(from, to)
+        }
+
+        fn remove(&self, name: &str) -> io::Result<()> {
+            (**self).remove(name)
+        }
+    }
+
+    struct MemoryMedium {
+        inner: Arc<Mutex<Inner>>,
+        content: Arc<Mutex<Content>>,
+    }
+
+    impl Medium for MemoryMedium {
+        fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            let outcome = operation(&self.inner);
+            // A write that fails may have got through in part.
+            self.content.lock().pending.push((offset, bytes.to_vec()));
+            outcome
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            operation(&self.inner)?;
+            let mut content = self.content.lock();
+            content.durable = content.now();
+            content.pending.clear();
+            Ok(())
+        }
+    }
+}

@@ -53,6 +53,7 @@ cases![
     a_deletion_ends_when_the_namespace_is_gone,
     an_app_comes_back_after_its_namespace_was_removed,
     a_restarted_driver_sees_what_runs,
+    a_first_apply_that_was_cut_short_is_removed,
     changes_are_told,
     the_inventory_counts_what_pods_request,
     a_kubeconfig_that_points_nowhere_is_named,
@@ -901,6 +902,37 @@ async fn a_restarted_driver_sees_what_runs(site: Site) -> Result<()> {
     let all = backend.observe().await?;
     ensure!(all.iter().any(|seen| seen.uid == workload.uid), "{all:?}");
     delete(&backend, &workload).await
+}
+
+async fn a_first_apply_that_was_cut_short_is_removed(site: Site) -> Result<()> {
+    let (backend, api, place) = (site.backend().await?, site.api().await?, site.place());
+    let workload = site.app("shop", vec![config_map("settings", "1")]);
+    apply(&backend, &workload).await?;
+    drop(backend);
+    // As if the node had ended before the ledger was there.
+    let uid = workload.uid;
+    let ledgers = format!("/api/v1/namespaces/{place}/configmaps");
+    api.delete(&format!("{ledgers}/krake-app-{uid}")).await?;
+    let backend = site.backend().await?;
+    let seen = backend.observe_one(uid).await?;
+    ensure!(seen.is_none(), "without a ledger {seen:?} was seen");
+    backend.adopt(&workload).await?;
+    delete(&backend, &workload).await?;
+    ensure!(
+        api.get(&format!("{ledgers}/settings")).await?.is_none()
+            && api
+                .get(&format!("{ledgers}/krake-app-{uid}"))
+                .await?
+                .is_none(),
+        "something was left"
+    );
+    // Of what never got to the cluster there is nothing to remove.
+    let never = Workload {
+        app: AppKey::new("nowhere", "shop"),
+        ..site.app("shop", vec![config_map("settings", "1")])
+    };
+    backend.adopt(&never).await?;
+    delete(&backend, &never).await
 }
 
 async fn changes_are_told(site: Site) -> Result<()> {

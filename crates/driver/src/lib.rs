@@ -170,6 +170,14 @@ pub trait Backend: Send + Sync + 'static {
     /// When the backend does not answer.
     async fn observe_one(&self, uid: AppUid) -> Result<Option<Observed>, BackendError>;
 
+    /// Takes note of what may have been applied although nothing is noted of it here: the process
+    /// may have ended in the middle of the first apply. [`Backend::delete`] finds it then. Does
+    /// nothing when the app is known.
+    ///
+    /// # Errors
+    /// When it cannot be noted.
+    async fn adopt(&self, workload: &Workload) -> Result<(), BackendError>;
+
     /// Removes everything of an app; repeat until [`Deletion::Gone`]. Idempotent.
     ///
     /// # Errors

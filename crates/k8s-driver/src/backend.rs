@@ -74,6 +74,8 @@ struct Known {
     applied: BTreeMap<ObjectRef, Fingerprint>,
     applying: bool,
     deleting: bool,
+    /// The ledger at the cluster says the same as `ledger`.
+    noted: bool,
     drifted: bool,
     was_ready: bool,
 }
@@ -242,6 +244,7 @@ impl Inner {
                         applied: BTreeMap::new(),
                         applying: false,
                         deleting: false,
+                        noted: true,
                         drifted: false,
                         was_ready: false,
                     });
@@ -603,18 +606,21 @@ impl Inner {
             applied: BTreeMap::new(),
             applying: true,
             deleting: false,
+            noted: false,
             drifted: false,
             was_ready: false,
         });
         entry.was_ready &= entry.ledger.epoch == noted.epoch;
+        entry.noted &= entry.ledger == *noted;
         entry.ledger = noted.clone();
         entry.applying = true;
         entry.deleting = false;
         Ok(())
     }
 
-    /// Notes what was applied before it is, so that nothing is ever left that no ledger lists.
-    async fn begin(&self, workload: &Workload) -> Result<(Ledger, Vec<ObjectRef>), BackendError> {
+    /// Makes sure that the app may have what it brings. A later version's objects are noted before
+    /// they are applied; a first version's are left to be noted beside, see [`Begun::unnoted`].
+    async fn begin(&self, workload: &Workload) -> Result<Begun, BackendError> {
         let objects: Vec<ObjectRef> = workload
             .components
             .iter()
@@ -649,30 +655,38 @@ impl Inner {
         let checks = fresh
             .iter()
             .map(|object| self.check_owner(workload, object, &namespace));
-        // The ledger may be among what somebody else removed.
-        let written = before
-            .as_ref()
-            .is_some_and(|known| !known.drifted && known.ledger == noted);
         let write = async {
-            if written {
-                return Ok(());
+            match &before {
+                None => Ok(()),
+                // The ledger may be among what somebody else removed.
+                Some(known) if known.noted && !known.drifted && known.ledger == noted => Ok(()),
+                Some(known) => self.note(&noted, !known.noted).await,
             }
-            self.write_ledger(&noted, before.is_none()).await
         };
         // Both at once: a ledger may list what turns out to belong to others, as only what carries
         // the app's label is ever removed for it.
         let (checked, wrote) = tokio::join!(futures::future::try_join_all(checks), write);
         if let Err(error) = checked.and(wrote) {
-            // The ledger may have been written: what it lists stays claimed until the app is
-            // applied or deleted.
+            // What it lists stays claimed until the app is applied or deleted.
             if let Some(entry) = self.known.lock().get_mut(&workload.uid) {
                 entry.applying = false;
-                entry.drifted = true;
+                entry.noted = false;
             }
             return Err(error);
         }
-        let ledger = Ledger { objects, ..noted };
-        Ok((ledger, dropped))
+        Ok(Begun {
+            unnoted: before.is_none().then(|| noted.clone()),
+            ledger: Ledger { objects, ..noted },
+            dropped,
+        })
+    }
+
+    async fn note(&self, ledger: &Ledger, new: bool) -> Result<(), BackendError> {
+        self.write_ledger(ledger, new).await?;
+        if let Some(entry) = self.known.lock().get_mut(&ledger.uid) {
+            entry.noted = entry.ledger == *ledger;
+        }
+        Ok(())
     }
 
     async fn apply_all(
@@ -700,6 +714,18 @@ impl Inner {
         }
         Ok(applied)
     }
+}
+
+/// An app that may be applied now.
+struct Begun {
+    /// What it has afterwards.
+    ledger: Ledger,
+    /// What it had and has no longer.
+    dropped: Vec<ObjectRef>,
+    /// To be noted while the objects are applied: of a first version nothing is there that a
+    /// ledger would have to remember, and the node has the assignment, which it gives to
+    /// [`Backend::adopt`] when it was interrupted.
+    unnoted: Option<Ledger>,
 }
 
 fn taken(object: &ObjectRef, other: &str) -> BackendError {
@@ -813,7 +839,11 @@ impl Backend for KubernetesBackend {
         let inner = &self.inner;
         inner.load().await?;
         self.admit(workload).await?;
-        let (ledger, dropped) = inner.begin(workload).await.inspect_err(|error| {
+        let Begun {
+            ledger,
+            dropped,
+            unnoted,
+        } = inner.begin(workload).await.inspect_err(|error| {
             if error.code.is_temporary() {
                 // The namespace may have gone meanwhile.
                 let namespace = inner.namespace_for(&workload.app);
@@ -821,7 +851,15 @@ impl Backend for KubernetesBackend {
             }
         })?;
         let result = async {
-            let applied = inner.apply_all(workload, &ledger).await?;
+            let note = async {
+                match &unnoted {
+                    Some(ledger) => inner.note(ledger, true).await,
+                    None => Ok(()),
+                }
+            };
+            let (applied, noted) = tokio::join!(inner.apply_all(workload, &ledger), note);
+            let applied = applied?;
+            noted?;
             let removals = dropped
                 .iter()
                 .map(|object| inner.remove_one(workload.uid, object, &ledger.namespace));
@@ -877,6 +915,40 @@ impl Backend for KubernetesBackend {
         let observed = self.inner.observe_known(entry);
         entry.was_ready |= observed.phase == Phase::Ready;
         Ok(Some(observed))
+    }
+
+    async fn adopt(&self, workload: &Workload) -> Result<(), BackendError> {
+        let inner = &self.inner;
+        inner.load().await?;
+        if inner.known.lock().contains_key(&workload.uid) {
+            return Ok(());
+        }
+        let objects: Result<_, _> = workload.components.iter().map(reference).collect();
+        let ledger = Ledger {
+            uid: workload.uid,
+            app: workload.app.clone(),
+            epoch: workload.epoch,
+            namespace: inner.namespace_for(&workload.app),
+            objects: objects?,
+        };
+        let (resource, _) = inner.cluster.resource("v1", "Namespace").await?;
+        let api = inner.api(&resource, None);
+        let what = "looking for the namespace";
+        let Some(_) = call_unless(404, what, api.get(&ledger.namespace)).await? else {
+            // Without it nothing of the app is there.
+            return Ok(());
+        };
+        inner.write_ledger(&ledger, true).await?;
+        inner.known.lock().entry(ledger.uid).or_insert(Known {
+            ledger,
+            applied: BTreeMap::new(),
+            applying: false,
+            deleting: false,
+            noted: true,
+            drifted: false,
+            was_ready: false,
+        });
+        Ok(())
     }
 
     async fn delete(&self, uid: AppUid, epoch: Epoch) -> Result<Deletion, BackendError> {

@@ -649,13 +649,7 @@ impl Agent {
         assignment: &Assignment,
         key: CopyKey,
     ) -> Option<Duration> {
-        let workload = Workload {
-            uid: assignment.uid,
-            app: assignment.app.clone(),
-            epoch: assignment.epoch,
-            components: assignment.manifests.clone(),
-        };
-        match backend.driver.apply(&workload).await {
+        match backend.driver.apply(&workload_of(assignment)).await {
             Ok(()) => {
                 debug!(app = %assignment.app, epoch = %assignment.epoch, "applied");
                 self.inner.work.lock().applied.insert(key, assignment.epoch);
@@ -769,12 +763,25 @@ impl Agent {
                 generation: 0,
                 manifests: Vec::new(),
             };
-            if epoch.incarnation != u32::MAX
+            // Before the assignment goes: its first apply may have been cut short.
+            let before = self.inner.ledger.get(&uid);
+            let adopted = match before.filter(|before| !before.delete) {
+                Some(before) if before.backend == backend.name => {
+                    backend.driver.adopt(&workload_of(&before)).await
+                }
+                _ => Ok(()),
+            };
+            if adopted.is_ok()
+                && epoch.incarnation != u32::MAX
                 && !matches!(self.offer_to_ledger(&noted).await, Ok(true))
             {
                 return None;
             }
-            match backend.driver.delete(uid, epoch).await {
+            let deleted = match adopted {
+                Ok(()) => backend.driver.delete(uid, epoch).await,
+                Err(error) => Err(error),
+            };
+            match deleted {
                 Ok(Deletion::Gone) => {
                     backend.reservations.lock().release(&uid);
                     self.gone(&noted).await;
@@ -912,6 +919,15 @@ impl Agent {
                 }
             }
         }
+    }
+}
+
+fn workload_of(assignment: &Assignment) -> Workload {
+    Workload {
+        uid: assignment.uid,
+        app: assignment.app.clone(),
+        epoch: assignment.epoch,
+        components: assignment.manifests.clone(),
     }
 }
 

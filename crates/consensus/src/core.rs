@@ -82,6 +82,10 @@ pub(crate) struct Core {
     members: BTreeMap<u64, MemberInfo>,
     replicas: BTreeMap<NodeId, u64>,
     failed: BTreeSet<GroupId>,
+    /// Answers to heartbeats that wait for a frame to the same replica, at most until this node's
+    /// own heartbeats: an idle pair of nodes then exchanges two frames an interval, not four.
+    answers: BTreeMap<u64, BTreeMap<GroupId, Message>>,
+    answers_due: bool,
     counter: u64,
     ticks: u64,
 }
@@ -98,6 +102,8 @@ impl Core {
             members: BTreeMap::new(),
             replicas: BTreeMap::new(),
             failed: BTreeSet::new(),
+            answers: BTreeMap::new(),
+            answers_due: false,
             counter: 0,
             ticks: 0,
         })
@@ -145,6 +151,7 @@ impl Core {
         let members: BTreeMap<u64, MemberInfo> =
             members.into_iter().map(|m| (m.replica, m)).collect();
         if members != self.members {
+            self.answers.retain(|id, _| members.contains_key(id));
             self.members = members;
             self.reconcile();
         }
@@ -157,6 +164,7 @@ impl Core {
     pub(crate) fn tick(&mut self) {
         self.ticks += 1;
         let ticks = self.ticks;
+        self.answers_due = ticks.is_multiple_of(self.settings.heartbeat_ticks as u64);
         self.each(|group, settings| group.tick(settings, ticks));
         if self.ticks.is_multiple_of(RECONCILE_TICKS) {
             for group in self.groups.values_mut() {
@@ -369,6 +377,11 @@ impl Core {
             let Some(node) = self.members.get(&to).map(|member| member.node) else {
                 continue;
             };
+            // One that confirms a read is waited for.
+            if message.kind == MessageKind::HeartbeatResponse && message.context.is_empty() {
+                self.answers.entry(to).or_default().insert(group, message);
+                continue;
+            }
             let size = 128
                 + message.snapshot.as_ref().map_or(0, |s| s.data.len())
                 + message
@@ -392,10 +405,22 @@ impl Core {
             slot.0 += size;
             slot.1.push((group, message));
         }
-        for (to, (_, messages)) in open {
-            if let Some(node) = self.node_of(to) {
-                frames.push((node, frame(to, messages)));
+        if std::mem::take(&mut self.answers_due) {
+            for to in self.answers.keys() {
+                open.entry(*to).or_default();
             }
+        }
+        for (to, (_, mut messages)) in open {
+            let Some(node) = self.node_of(to) else {
+                continue;
+            };
+            if let Some(answers) = self.answers.remove(&to) {
+                if messages.len() + answers.len() > FRAME_MESSAGES_MAX {
+                    frames.push((node, frame(to, std::mem::take(&mut messages))));
+                }
+                messages.extend(answers);
+            }
+            frames.push((node, frame(to, messages)));
         }
         frames
     }

@@ -80,6 +80,21 @@ struct Known {
     was_ready: bool,
 }
 
+impl Known {
+    /// As it is when its ledger is read, or written.
+    const fn at_cluster(ledger: Ledger) -> Self {
+        Self {
+            ledger,
+            applied: BTreeMap::new(),
+            applying: false,
+            deleting: false,
+            noted: true,
+            drifted: false,
+            was_ready: false,
+        }
+    }
+}
+
 struct Inner {
     cluster: Cluster,
     config: Config,
@@ -239,15 +254,7 @@ impl Inner {
                     for object in &ledger.objects {
                         self.watch(object).await;
                     }
-                    self.known.lock().entry(ledger.uid).or_insert(Known {
-                        ledger,
-                        applied: BTreeMap::new(),
-                        applying: false,
-                        deleting: false,
-                        noted: true,
-                        drifted: false,
-                        was_ready: false,
-                    });
+                    self.known.lock().entry(ledger.uid).or_insert(Known::at_cluster(ledger));
                 }
                 Ok(())
             })
@@ -602,13 +609,8 @@ impl Inner {
             }
         }
         let entry = known.entry(noted.uid).or_insert_with(|| Known {
-            ledger: noted.clone(),
-            applied: BTreeMap::new(),
-            applying: true,
-            deleting: false,
             noted: false,
-            drifted: false,
-            was_ready: false,
+            ..Known::at_cluster(noted.clone())
         });
         entry.was_ready &= entry.ledger.epoch == noted.epoch;
         entry.noted &= entry.ledger == *noted;
@@ -939,15 +941,11 @@ impl Backend for KubernetesBackend {
             return Ok(());
         };
         inner.write_ledger(&ledger, true).await?;
-        inner.known.lock().entry(ledger.uid).or_insert(Known {
-            ledger,
-            applied: BTreeMap::new(),
-            applying: false,
-            deleting: false,
-            noted: true,
-            drifted: false,
-            was_ready: false,
-        });
+        inner
+            .known
+            .lock()
+            .entry(ledger.uid)
+            .or_insert(Known::at_cluster(ledger));
         Ok(())
     }
 

@@ -290,7 +290,8 @@ impl Agent {
         apps
     }
 
-    /// A new owner knows nothing: it is told again.
+    /// A new owner knows nothing: it is told again. What is gone is no longer among the reports, and
+    /// the one before may have been told and not have written it down; a look at it says it again.
     async fn follow_leaders(self) {
         let mut status = self.inner.federation.catalog.host.status();
         let mut leaders = BTreeMap::new();
@@ -301,19 +302,24 @@ impl Agent {
                 .map(|(group, status)| (*group, (status.leader, status.leads)))
                 .collect();
             let catalog = &self.inner.federation.catalog;
-            {
+            let changed = |app: &AppKey| {
+                let group = catalog.group_of(app);
+                now.get(&group) != leaders.get(&group)
+            };
+            if now != leaders {
+                let mut apps = self.all_apps();
+                apps.retain(changed);
                 let mut work = self.inner.work.lock();
                 let again: Vec<CopyKey> = work
                     .reports
                     .iter()
-                    .filter(|(_, report)| {
-                        let group = catalog.group_of(&report.app);
-                        now.get(&group) != leaders.get(&group)
-                    })
+                    .filter(|(_, report)| changed(&report.app))
                     .map(|(key, _)| key.clone())
                     .collect();
                 work.unsent.extend(again);
+                work.dirty.extend(apps);
             }
+            self.inner.wake.notify_one();
             leaders = now;
             self.inner.unsent.notify_one();
         }

@@ -69,8 +69,8 @@ const SPEC: Shape = Fields(&[
     ),
 ]);
 
-/// Fields of `metadata` (Kubernetes' `ObjectMeta`).
-const METADATA: [&str; 15] = [
+/// Fields of `metadata` (Kubernetes' `ObjectMeta`) that people set.
+const METADATA: [&str; 7] = [
     "name",
     "namespace",
     "labels",
@@ -78,6 +78,10 @@ const METADATA: [&str; 15] = [
     "generateName",
     "finalizers",
     "ownerReferences",
+];
+
+/// Fields of `metadata` that servers set.
+const SERVER_METADATA: [&str; 8] = [
     "managedFields",
     "uid",
     "creationTimestamp",
@@ -331,7 +335,10 @@ fn check_top(root: &Node, findings: &mut Vec<Finding>) {
                 Tree::Map(entries) => findings.extend(
                     entries
                         .iter()
-                        .filter(|(key, _)| !METADATA.contains(&key.text.as_str()))
+                        .filter(|(key, _)| {
+                            let key = key.text.as_str();
+                            !METADATA.contains(&key) && !SERVER_METADATA.contains(&key)
+                        })
                         .map(|(key, _)| unknown("metadata", &key.text, &METADATA[..5])),
                 ),
                 _ => findings.push(wrong_type("metadata", "a map")),
@@ -360,16 +367,7 @@ fn drop_server_fields(object: &mut Value) {
     let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) else {
         return;
     };
-    for field in [
-        "managedFields",
-        "uid",
-        "creationTimestamp",
-        "deletionTimestamp",
-        "deletionGracePeriodSeconds",
-        "generation",
-        "resourceVersion",
-        "selfLink",
-    ] {
+    for field in SERVER_METADATA {
         metadata.remove(field);
     }
     if let Some(list) = metadata.get_mut("finalizers").and_then(Value::as_array_mut) {

@@ -44,6 +44,9 @@ const EXCHANGE_INTERVAL: Duration = Duration::from_secs(10);
 const SECOND_DIALLER_WAIT: Duration = Duration::from_secs(3);
 /// A peer that is no member may stay this long: long enough to join.
 const OUTSIDER_TIME: Duration = Duration::from_secs(30);
+/// A connection that somebody asked to join on is kept this long after it was admitted: the answer
+/// may still be on the way.
+const JOIN_ANSWER_TIME: Duration = Duration::from_secs(1);
 /// When the care task was away for longer, this node was paused, and what it did not hear says
 /// nothing about others.
 const PAUSE_DETECTED: Duration = Duration::from_secs(2);
@@ -105,7 +108,8 @@ pub trait Handler: Send + Sync + 'static {
 }
 
 enum Command {
-    Members(Vec<Peer>),
+    /// The members are others than before.
+    Members,
     Publish(Vec<u8>),
     Dial(PeerId, Vec<Multiaddr>),
     Block(BTreeSet<PeerId>),
@@ -122,6 +126,8 @@ pub(crate) struct Shared {
     rtts: RwLock<BTreeMap<NodeId, Duration>>,
     connected: watch::Sender<BTreeSet<NodeId>>,
     queues: Mutex<BTreeMap<NodeId, mpsc::Sender<Vec<u8>>>>,
+    /// Who asked to join within [`OUTSIDER_TIME`], and when last.
+    joining: Mutex<BTreeMap<PeerId, Instant>>,
     pub(crate) calls: Arc<Semaphore>,
 }
 
@@ -276,6 +282,7 @@ impl Network {
             rtts: RwLock::default(),
             connected: watch::channel(BTreeSet::new()).0,
             queues: Mutex::default(),
+            joining: Mutex::default(),
             calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
         });
         let (commands, receiver) = mpsc::channel(1024);
@@ -303,7 +310,7 @@ impl Network {
             Arc::clone(&handler),
         ));
         tokio::spawn(take_reports(reports, Arc::clone(&shared)));
-        tokio::spawn(take_joins(joins, handler));
+        tokio::spawn(take_joins(joins, Arc::clone(&shared), handler));
         let (exchange, wanted) = mpsc::channel(64);
         tokio::spawn(exchange_reports(wanted, Arc::downgrade(&shared), streams));
         tokio::spawn(
@@ -345,9 +352,9 @@ impl Network {
             self.shared
                 .view
                 .send_modify(|view| view.retain(|id, _| ids.contains(id)));
-            self.shared.peers.write().clone_from(&peers);
+            *self.shared.peers.write() = peers;
         }
-        let _ = self.commands.send(Command::Members(peers)).await;
+        let _ = self.commands.send(Command::Members).await;
     }
 
     /// Queues a frame for a member, in order behind those before it. `false`: it is not connected
@@ -531,6 +538,19 @@ impl Shared {
         if let Some(at) = self.heard.write().get_mut(&node) {
             *at = Instant::now();
         }
+    }
+
+    fn asks_to_join(&self, peer: PeerId) {
+        let mut joining = self.joining.lock();
+        joining.retain(|_, at| at.elapsed() < OUTSIDER_TIME);
+        joining.insert(peer, Instant::now());
+    }
+
+    fn is_joining(&self, peer: &PeerId) -> bool {
+        let joining = self.joining.lock();
+        joining
+            .get(peer)
+            .is_some_and(|at| at.elapsed() < JOIN_ANSWER_TIME)
     }
 
     fn is_member(&self, peer: &PeerId) -> bool {
@@ -730,20 +750,26 @@ async fn take_reports(mut incoming: libp2p_stream::IncomingStreams, shared: Arc<
     }
 }
 
-async fn take_joins(mut incoming: libp2p_stream::IncomingStreams, handler: Arc<dyn Handler>) {
+async fn take_joins(
+    mut incoming: libp2p_stream::IncomingStreams,
+    shared: Arc<Shared>,
+    handler: Arc<dyn Handler>,
+) {
     let at_once = Arc::new(Semaphore::new(8));
     while let Some((peer, mut stream)) = incoming.next().await {
         let Ok(permit) = Arc::clone(&at_once).try_acquire_owned() else {
             debug!(%peer, "too many requests to join at once");
             continue;
         };
-        let handler = Arc::clone(&handler);
+        let (handler, shared) = (Arc::clone(&handler), Arc::clone(&shared));
         tokio::spawn(async move {
             let _permit = permit;
+            shared.asks_to_join(peer);
             let work = async {
                 let node = node_id(&peer)?;
                 let request = streams::read(&mut stream, JOIN_BYTES_MAX).await.ok()??;
                 let result = handler.join(node, &request).await;
+                shared.asks_to_join(peer);
                 streams::answer(&mut stream, result).await.ok()
             };
             let _ = tokio::time::timeout(OUTSIDER_TIME, work).await;
@@ -816,28 +842,8 @@ impl SwarmTask {
 
     fn on_command(&mut self, command: Command) {
         match command {
-            Command::Members(peers) => {
-                let ids: BTreeSet<PeerId> = peers.iter().filter_map(|p| peer_id(p.node)).collect();
-                // A connection made before its peer was admitted (or after it left) carries the
-                // wrong protocols.
-                let wrong: Vec<ConnectionId> = self
-                    .connections
-                    .iter()
-                    .filter(|(_, (peer, _, member))| ids.contains(peer) != *member)
-                    .map(|(connection, _)| *connection)
-                    .collect();
-                for connection in wrong {
-                    let young_outsider =
-                        self.connections
-                            .get(&connection)
-                            .is_some_and(|(_, at, member)| {
-                                !member && at.elapsed() < Duration::from_secs(1)
-                            });
-                    // The answer to its request to join may still be on the way.
-                    if !young_outsider {
-                        self.swarm.close_connection(connection);
-                    }
-                }
+            Command::Members => {
+                self.close_wrong();
                 self.dial_members();
             }
             Command::Publish(bytes) => {
@@ -880,6 +886,17 @@ impl SwarmTask {
         }
     }
 
+    fn dial_again(&mut self, shared: &Shared, node: NodeId, peer: PeerId) {
+        let addresses = {
+            let peers = shared.peers.read();
+            let known = peers.iter().find(|known| known.node == node);
+            known.map(|known| known.addresses.iter().flat_map(|a| multiaddrs(a)).collect())
+        };
+        if let Some(addresses) = addresses {
+            self.dial(peer, addresses);
+        }
+    }
+
     fn dial_members(&mut self) {
         let Some(shared) = self.shared.upgrade() else {
             return;
@@ -903,6 +920,25 @@ impl SwarmTask {
         }
     }
 
+    /// Closes connections made before their peer was admitted, or after it left: they carry the
+    /// wrong protocols. And those of outsiders that stay too long.
+    fn close_wrong(&mut self) {
+        let Some(shared) = self.shared.upgrade() else {
+            return;
+        };
+        let wrong = self.connections.iter().filter(|(_, (peer, at, member))| {
+            match (member, shared.is_member(peer)) {
+                (false, true) => !shared.is_joining(peer),
+                (false, false) => at.elapsed() > OUTSIDER_TIME,
+                (true, is_member) => !is_member,
+            }
+        });
+        let wrong: Vec<ConnectionId> = wrong.map(|(connection, _)| *connection).collect();
+        for connection in wrong {
+            self.swarm.close_connection(connection);
+        }
+    }
+
     fn care(&mut self, shared: &Arc<Shared>) {
         let now = Instant::now();
         if now.duration_since(self.last_care) > PAUSE_DETECTED {
@@ -916,21 +952,7 @@ impl SwarmTask {
         }
         self.last_care = now;
         self.dial_members();
-        let late: Vec<ConnectionId> = self
-            .connections
-            .iter()
-            .filter(|(_, (peer, at, member))| {
-                let outstayed = !member && now.duration_since(*at) > OUTSIDER_TIME;
-                let became_member = !member
-                    && shared.is_member(peer)
-                    && now.duration_since(*at) > Duration::from_secs(1);
-                outstayed || became_member
-            })
-            .map(|(connection, _)| *connection)
-            .collect();
-        for connection in late {
-            self.swarm.close_connection(connection);
-        }
+        self.close_wrong();
         if now.duration_since(self.last_exchange) >= EXCHANGE_INTERVAL {
             self.last_exchange = now;
             let connected: Vec<PeerId> = shared
@@ -966,7 +988,10 @@ impl SwarmTask {
                 connection_id,
                 ..
             } => {
-                self.connections.remove(&connection_id);
+                let was_member = self
+                    .connections
+                    .remove(&connection_id)
+                    .is_none_or(|(_, _, member)| member);
                 let left = self
                     .connections
                     .values()
@@ -976,6 +1001,10 @@ impl SwarmTask {
                 {
                     shared.connected.send_if_modified(|set| set.remove(&node));
                     shared.queues.lock().remove(&node);
+                    if !was_member && shared.is_member(&peer_id) {
+                        // Whoever saw that the connection was of no use makes the next one.
+                        self.dial_again(&shared, node, peer_id);
+                    }
                 }
             }
             SwarmEvent::Behaviour(BehaviourEvent::Members(InnerEvent::Ping(event))) => {

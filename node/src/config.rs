@@ -275,11 +275,14 @@ pub enum LogFormat {
     Json,
 }
 
+/// The gossip library warns of each message that is late; what is lost is made up for.
+const LOG: &str = "info,libp2p_gossipsub=off,yamux=error";
+
 impl Default for NodeConfig {
     fn default() -> Self {
         Self {
             data_dir: PathBuf::from("krake-data"),
-            log: "info".to_owned(),
+            log: LOG.to_owned(),
             log_format: LogFormat::Text,
         }
     }

@@ -76,22 +76,6 @@ pub fn sight(opinions: &Opinions, node: &NodeId, detect_after: Duration) -> Sigh
     }
 }
 
-/// Whether somebody with these opinions hears no majority of the members.
-pub fn is_isolated(opinions: &Opinions) -> bool {
-    let heard = opinions
-        .members
-        .iter()
-        .filter(|node| {
-            opinions.own == Some(**node)
-                || opinions
-                    .silence
-                    .get(*node)
-                    .is_some_and(|silence| *silence < krake_gossip::SUSPECT_AFTER)
-        })
-        .count();
-    heard * 2 <= opinions.members.len()
-}
-
 impl World for Moment {
     fn sites(&self) -> &[SiteState] {
         &self.sites
@@ -102,7 +86,7 @@ impl World for Moment {
     }
 
     fn isolated(&self) -> bool {
-        is_isolated(&self.opinions)
+        self.opinions.is_isolated()
     }
 
     fn definitions(&self) -> &BTreeMap<String, MetricDefinition> {

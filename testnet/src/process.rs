@@ -13,6 +13,12 @@ use serde::{Deserialize, Serialize};
 /// Time between two looks at a state that is waited for.
 pub const LOOK: Duration = Duration::from_millis(20);
 
+/// How often something is looked at that so many sites are looked at for: all looks together are
+/// not to slow down what is waited for.
+pub fn look_among(sites: u32) -> Duration {
+    LOOK * (sites / 5).max(1)
+}
+
 /// A process: its pid and when it started, in clock ticks since boot. Both together are never
 /// used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use toml::{Table, Value};
 use crate::client::NodeClient;
 use crate::kube::{Assets, Capacity, RealCluster};
 use crate::ports;
-use crate::process::{self, LOOK, ProcessId, write_private};
+use crate::process::{self, ProcessId, look_among, write_private};
 use crate::programs::Programs;
 use crate::state::{Component, Directory, KubeKind, SiteState, State};
 
@@ -19,8 +19,6 @@ const READY_WITHIN: Duration = Duration::from_secs(90);
 pub const READY_PER_SITE: Duration = Duration::from_secs(5);
 /// How often a newcomer knocks when others are faster.
 const JOIN_TRIES: usize = 8;
-/// From this many sites on the nodes talk less, so that they fit on one machine.
-const MANY_SITES: usize = 20;
 
 /// What starts and stops sites.
 #[derive(Debug, Clone)]
@@ -39,17 +37,12 @@ pub struct Starter {
 
 /// Waits of a testnet: so short that a move is seen within half a minute. Who watches a laptop
 /// does not want to wait ten minutes for it; DESIGN's defaults are for data centers.
-fn waits(site_count: usize) -> [(&'static str, &'static str); 4] {
-    [
-        ("defaults.reschedule_interval", "5s"),
-        ("defaults.hold_for", "10s"),
-        ("defaults.ready_timeout", "60s"),
-        (
-            "limits.report_interval",
-            if site_count < MANY_SITES { "2s" } else { "5s" },
-        ),
-    ]
-}
+const WAITS: [(&str, &str); 4] = [
+    ("defaults.reschedule_interval", "5s"),
+    ("defaults.hold_for", "10s"),
+    ("defaults.ready_timeout", "60s"),
+    ("limits.report_interval", "2s"),
+];
 
 fn insert(table: &mut Table, key: &str, value: Value) -> anyhow::Result<()> {
     match key.split_once('.') {
@@ -114,7 +107,7 @@ pub fn node_config(
     set("federation.name", "testnet".into())?;
     set("federation.shards", i64::from(state.shards).into())?;
     set("testnet.fault_injection", true.into())?;
-    for (key, value) in waits(state.sites.len()) {
+    for (key, value) in WAITS {
         set(key, value.into())?;
     }
     for (key, value) in &state.settings {
@@ -235,7 +228,7 @@ impl Starter {
         let http = reqwest::Client::builder().no_proxy().build()?;
         let url = format!("http://127.0.0.1:{port}/readyz");
         let what = format!("the embedded Kubernetes of {name}");
-        wait_ready(process, &what, &log, self.patience(), async || {
+        self.wait_ready(process, &what, &log, async || {
             kubeconfig.exists()
                 && http
                     .get(&url)
@@ -331,7 +324,7 @@ impl Starter {
         })?;
         let client = self.client(name)?;
         let what = format!("the node of {name}");
-        wait_ready(process, &what, &log, self.patience(), async || {
+        self.wait_ready(process, &what, &log, async || {
             client.get("/livez").await.is_ok()
         })
         .await?;
@@ -349,11 +342,42 @@ impl Starter {
         let log = self.directory.node_log(site);
         let client = self.client(site)?;
         let what = format!("the node of {site}");
+        self.wait_ready(process, &what, &log, async || client.is_ready().await)
+            .await
+    }
+
+    async fn wait_ready(
+        &self,
+        process: ProcessId,
+        what: &str,
+        log: &std::path::Path,
+        ready: impl AsyncFn() -> bool,
+    ) -> anyhow::Result<()> {
         let patience = self.patience();
-        wait_ready(process, &what, &log, patience, async || {
-            client.is_ready().await
-        })
-        .await
+        let end = tokio::time::Instant::now() + patience;
+        loop {
+            if ready().await {
+                return Ok(());
+            }
+            let shown = || {
+                format!(
+                    "the end of its log {}:\n{}",
+                    log.display(),
+                    process::tail(log, 8)
+                )
+            };
+            if !process.is_alive() {
+                bail!("{what} ended; {}", shown());
+            }
+            if tokio::time::Instant::now() >= end {
+                bail!(
+                    "{what} is not ready after {} s; {}",
+                    patience.as_secs(),
+                    shown()
+                );
+            }
+            tokio::time::sleep(look_among(self.site_count)).await;
+        }
     }
 }
 
@@ -364,39 +388,6 @@ fn require_free(port: u16, site: &str, what: &str) -> anyhow::Result<()> {
     bail!(
         "port {port} of {site} ({what}) is in use by another program: end it (ss -lntup 'sport = :{port}' names it), or begin anew with krake-testnet down --purge"
     )
-}
-
-async fn wait_ready(
-    process: ProcessId,
-    what: &str,
-    log: &std::path::Path,
-    patience: Duration,
-    ready: impl AsyncFn() -> bool,
-) -> anyhow::Result<()> {
-    let end = tokio::time::Instant::now() + patience;
-    loop {
-        if ready().await {
-            return Ok(());
-        }
-        let shown = || {
-            format!(
-                "the end of its log {}:\n{}",
-                log.display(),
-                process::tail(log, 8)
-            )
-        };
-        if !process.is_alive() {
-            bail!("{what} ended; {}", shown());
-        }
-        if tokio::time::Instant::now() >= end {
-            bail!(
-                "{what} is not ready after {} s; {}",
-                patience.as_secs(),
-                shown()
-            );
-        }
-        tokio::time::sleep(LOOK).await;
-    }
 }
 
 #[cfg(test)]

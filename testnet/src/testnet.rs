@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::client::NodeClient;
 use crate::kube::RealCluster;
 use crate::ports;
-use crate::process::{self, LOOK, ProcessId};
+use crate::process::{self, LOOK, ProcessId, look_among};
 use crate::profile::{Profile, SITES_MAX, profiles};
 use crate::programs::{Programs, ensure_programs};
 use crate::progress::{Progress, Step};
@@ -362,12 +362,11 @@ impl Testnet {
             .map(|site| self.until_sees_all(site, count, &views));
         let groups = usize::from(state.shards) + 1;
         let voters = self.progress.step("voters", groups);
-        try_join(
-            try_join_all(all),
-            self.until_voters(state, groups, voters_of(count), &voters),
-        )
-        .await?;
-        Ok(())
+        let voters = self.until_voters(state, groups, voters_of(count), &voters);
+        tokio::select! {
+            formed = try_join(try_join_all(all), voters) => formed.map(|_| ()),
+            death = self.until_death() => Err(death),
+        }
     }
 
     async fn until_sees_all(
@@ -384,8 +383,17 @@ impl Testnet {
                 views.advance();
                 return Ok(());
             }
-            self.check_alive()?;
-            tokio::time::sleep(LOOK * 2).await;
+            tokio::time::sleep(look_among(self.starter.site_count) * 2).await;
+        }
+    }
+
+    /// Ends when one of its processes does.
+    async fn until_death(&self) -> anyhow::Error {
+        loop {
+            if let Err(death) = self.check_alive() {
+                return death;
+            }
+            tokio::time::sleep(LOOK * 5).await;
         }
     }
 
@@ -416,8 +424,7 @@ impl Testnet {
             if grown.len() >= groups {
                 return Ok(());
             }
-            self.check_alive()?;
-            tokio::time::sleep(LOOK * 2).await;
+            tokio::time::sleep(look_among(self.starter.site_count) * 2).await;
         }
     }
 

@@ -20,6 +20,12 @@ use crate::wire::{Configuration, FRAME_MESSAGES_MAX, Frame, Message, MessageKind
 const RECONCILE_TICKS: u64 = 5;
 /// Ticks between two looks at how leaders spread over the nodes.
 const BALANCE_TICKS: u64 = 20;
+/// Heartbeats that a node sends to replicas that only follow, in all groups, at most: so many a
+/// heartbeat interval. The more there are, the less often each hears from its leader while nothing
+/// is written.
+const FOLLOWERS_PER_INTERVAL: u64 = 8;
+/// Followers hear from their leader every so many heartbeat intervals, however few they are.
+const FOLLOWER_INTERVALS: u64 = 3;
 /// A leader younger than this is not moved for balance.
 const SETTLED_TICKS: u64 = 50;
 /// A frame is closed when it holds about this many bytes.
@@ -86,6 +92,7 @@ pub(crate) struct Core {
     /// own heartbeats: an idle pair of nodes then exchanges two frames an interval, not four.
     answers: BTreeMap<u64, BTreeMap<GroupId, Message>>,
     answers_due: bool,
+    followers_due: bool,
     counter: u64,
     ticks: u64,
 }
@@ -104,6 +111,7 @@ impl Core {
             failed: BTreeSet::new(),
             answers: BTreeMap::new(),
             answers_due: false,
+            followers_due: false,
             counter: 0,
             ticks: 0,
         })
@@ -164,7 +172,11 @@ impl Core {
     pub(crate) fn tick(&mut self) {
         self.ticks += 1;
         let ticks = self.ticks;
-        self.answers_due = ticks.is_multiple_of(self.settings.heartbeat_ticks as u64);
+        let interval = self.settings.heartbeat_ticks as u64;
+        self.answers_due = ticks.is_multiple_of(interval);
+        let members = self.members.len() as u64;
+        let intervals = FOLLOWER_INTERVALS.max(members / FOLLOWERS_PER_INTERVAL);
+        self.followers_due = ticks.is_multiple_of(interval * intervals);
         self.each(|group, settings| group.tick(settings, ticks));
         if self.ticks.is_multiple_of(RECONCILE_TICKS) {
             for group in self.groups.values_mut() {
@@ -377,6 +389,15 @@ impl Core {
             let Some(node) = self.members.get(&to).map(|member| member.node) else {
                 continue;
             };
+            let spared = message.kind == MessageKind::Heartbeat
+                && self
+                    .groups
+                    .get(&group)
+                    .is_some_and(|group| group.is_idle_follower(to))
+                && !(self.followers_due && message.context.is_empty());
+            if spared {
+                continue;
+            }
             // One that confirms a read is waited for.
             if message.kind == MessageKind::HeartbeatResponse && message.context.is_empty() {
                 self.answers.entry(to).or_default().insert(group, message);

@@ -26,6 +26,10 @@ pub(crate) enum Refused {
     Commit { commit: u64, last: u64 },
     #[error("its entries do not follow one another")]
     Entries,
+    #[error(
+        "its entry {index} has term {said}, but we know one of term {known} there that is committed"
+    )]
+    Committed { index: u64, said: u64, known: u64 },
     #[error("it carries what its kind does not have, or lacks what it needs")]
     Shape,
     #[error("its snapshot cannot be read: {0}")]
@@ -41,7 +45,8 @@ pub(crate) fn admit(
     log: &GroupLog,
     last_index: u64,
 ) -> Result<(), Refused> {
-    if message.from != sender {
+    // A follower passes a read on to the leader it knows, in the reader's name.
+    if message.from != sender && message.kind != MessageKind::ReadIndex {
         return Err(Refused::Sender {
             said: message.from,
             is: sender,
@@ -70,7 +75,7 @@ pub(crate) fn admit(
         return Err(Refused::Shape);
     }
     match message.kind {
-        MessageKind::Append => append(message, log)?,
+        MessageKind::Append => append(message, term, log)?,
         MessageKind::Heartbeat if message.commit > last_index => {
             return Err(Refused::Commit {
                 commit: message.commit,
@@ -97,7 +102,7 @@ pub(crate) fn admit(
     Ok(())
 }
 
-fn append(message: &Message, log: &GroupLog) -> Result<(), Refused> {
+fn append(message: &Message, own_term: u64, log: &GroupLog) -> Result<(), Refused> {
     let mut term = message.log_term;
     for (offset, entry) in message.entries.iter().enumerate() {
         let follows = entry.index == message.index + 1 + offset as u64
@@ -111,6 +116,10 @@ fn append(message: &Message, log: &GroupLog) -> Result<(), Refused> {
         }
         term = entry.term;
     }
+    // Of a leader that was replaced: the library does not read its entries.
+    if message.term < own_term {
+        return Ok(());
+    }
     // An entry that we know committed is never replaced by another.
     let commit = log.hard_state.commit;
     for entry in &message.entries {
@@ -120,7 +129,11 @@ fn append(message: &Message, log: &GroupLog) -> Result<(), Refused> {
         if let Ok(known) = raft::Storage::term(log, entry.index)
             && known != entry.term
         {
-            return Err(Refused::Entries);
+            return Err(Refused::Committed {
+                index: entry.index,
+                said: entry.term,
+                known,
+            });
         }
     }
     Ok(())

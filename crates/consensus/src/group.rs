@@ -31,28 +31,35 @@ pub(crate) enum Outcome {
 type Waiter = oneshot::Sender<Outcome>;
 
 /// A membership change travels in the entry's context in our own form.
-#[derive(Debug, Clone, Copy, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 enum ConfigurationChange {
     AddVoter(u64),
-    AddLearner(u64),
+    /// Several at once: they have no part in any majority.
+    AddLearners(Vec<u64>),
     Remove(u64),
 }
 
 impl ConfigurationChange {
-    fn to_raft(self) -> pb::ConfChange {
-        let (kind, id) = match self {
-            Self::AddVoter(id) => (pb::ConfChangeType::AddNode, id),
-            Self::AddLearner(id) => (pb::ConfChangeType::AddLearnerNode, id),
-            Self::Remove(id) => (pb::ConfChangeType::RemoveNode, id),
+    fn to_raft(&self) -> Vec<pb::ConfChange> {
+        let (kind, ids) = match self {
+            Self::AddVoter(id) => (pb::ConfChangeType::AddNode, vec![*id]),
+            Self::AddLearners(ids) => (pb::ConfChangeType::AddLearnerNode, ids.clone()),
+            Self::Remove(id) => (pb::ConfChangeType::RemoveNode, vec![*id]),
         };
-        let mut change = pb::ConfChange::default();
-        change.set_change_type(kind);
-        change.node_id = id;
-        change
+        ids.into_iter()
+            .map(|id| {
+                let mut change = pb::ConfChange::default();
+                change.set_change_type(kind);
+                change.node_id = id;
+                change
+            })
+            .collect()
     }
 }
 
 const CHANGE_VERSION: u8 = 1;
+/// Bytes of one membership change at most.
+const CHANGE_BYTES_MAX: usize = 16 * 1024;
 /// Reads that wait at one group at most; more are turned away.
 const READS_MAX: usize = 4096;
 /// Ticks after which an unanswered read is asked again under a new context.
@@ -164,6 +171,15 @@ impl Group {
             .iter()
             .copied()
             .collect()
+    }
+
+    /// Whether this replica only follows and has the whole log: its answers decide nothing.
+    pub(crate) fn is_idle_follower(&self, id: u64) -> bool {
+        let tracker = self.raw.raft.prs();
+        tracker.conf().learners().contains(&id)
+            && tracker
+                .get(id)
+                .is_some_and(|progress| progress.matched >= self.raw.raft.raft_log.last_index())
     }
 
     /// Whether exactly these vote and follow.
@@ -461,6 +477,9 @@ impl Group {
         if let Some(last) = last {
             self.raw.advance_apply_to(last);
             self.after_change(settings);
+        }
+        self.snapshot_wanted |= self.raw.store().take_snapshot_asked();
+        if last.is_some() || self.snapshot_wanted {
             self.compact(settings);
         }
         let applied = self.machine.read().applied;
@@ -543,7 +562,7 @@ impl Group {
         let change: ConfigurationChange = match krake_model::codec::decode(
             CHANGE_VERSION,
             &entry.context,
-            64,
+            CHANGE_BYTES_MAX,
         ) {
             Ok(change) => change,
             Err(error) => {
@@ -551,13 +570,11 @@ impl Group {
                 return;
             }
         };
-        if let Err(error) = self.raw.apply_conf_change(&change.to_raft()) {
-            warn!(group = %self.id, ?change, %error, "a membership change had no effect");
+        for one in change.to_raft() {
+            if let Err(error) = self.raw.apply_conf_change(&one) {
+                warn!(group = %self.id, ?change, %error, "a membership change had no effect");
+            }
         }
-        self.snapshot_wanted |= matches!(
-            change,
-            ConfigurationChange::AddLearner(id) if !self.raw.store().snapshot_knows(id)
-        );
     }
 
     fn configuration(&self) -> Configuration {
@@ -616,7 +633,7 @@ impl Group {
         let step = voters::next_step(members, &voters, &learners, &desired, &caught_up);
         let change = match step {
             None => return,
-            Some(Step::AddLearner(id)) => ConfigurationChange::AddLearner(id),
+            Some(Step::AddLearners(ids)) => ConfigurationChange::AddLearners(ids),
             Some(Step::Promote(id)) => ConfigurationChange::AddVoter(id),
             Some(Step::Demote(id) | Step::Remove(id)) if id == own => {
                 if let Some(next) = desired.iter().find(|id| **id != own && voters.contains(id)) {
@@ -624,13 +641,17 @@ impl Group {
                 }
                 return;
             }
-            Some(Step::Demote(id)) => ConfigurationChange::AddLearner(id),
+            Some(Step::Demote(id)) => ConfigurationChange::AddLearners(vec![id]),
             Some(Step::Remove(id)) => ConfigurationChange::Remove(id),
         };
         let Ok(context) = krake_model::codec::encode(CHANGE_VERSION, &change) else {
             return;
         };
-        if let Err(error) = self.raw.propose_conf_change(context, change.to_raft()) {
+        // What it changes is read from the context; the library wants to see one change.
+        let Some(first) = change.to_raft().into_iter().next() else {
+            return;
+        };
+        if let Err(error) = self.raw.propose_conf_change(context, first) {
             tracing::debug!(group = %self.id, ?change, %error, "a membership change waits");
         }
         self.dirty = true;

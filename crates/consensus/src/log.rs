@@ -1,6 +1,7 @@
 //! The Raft log of one group in memory, as the library reads it; [`crate::disk`] has it on disk.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use raft::eraftpb as pb;
 use raft::{GetEntriesContext, RaftState, StorageError};
@@ -24,6 +25,8 @@ pub(crate) struct GroupLog {
     start: (u64, u64),
     entries: VecDeque<pb::Entry>,
     bytes: usize,
+    /// A snapshot was asked for that is not there: it does not know the replica that needs it.
+    snapshot_asked: AtomicBool,
 }
 
 impl GroupLog {
@@ -39,6 +42,7 @@ impl GroupLog {
             start,
             entries: VecDeque::new(),
             bytes: 0,
+            snapshot_asked: AtomicBool::new(false),
         };
         for entry in entries {
             log.push(entry.into_raft());
@@ -77,6 +81,11 @@ impl GroupLog {
             let configuration = &snapshot.configuration;
             configuration.voters.contains(&id) || configuration.learners.contains(&id)
         })
+    }
+
+    /// Whether another snapshot was needed since this was last asked.
+    pub(crate) fn take_snapshot_asked(&self) -> bool {
+        self.snapshot_asked.swap(false, Ordering::Relaxed)
     }
 
     fn push(&mut self, entry: pb::Entry) {
@@ -200,7 +209,10 @@ impl raft::Storage for GroupLog {
             Some(snapshot) if snapshot.index >= request_index && self.snapshot_knows(to) => {
                 Ok(snapshot.clone().into_raft())
             }
-            _ => Err(StorageError::SnapshotTemporarilyUnavailable.into()),
+            _ => {
+                self.snapshot_asked.store(true, Ordering::Relaxed);
+                Err(StorageError::SnapshotTemporarilyUnavailable.into())
+            }
         }
     }
 }

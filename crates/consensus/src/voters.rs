@@ -77,11 +77,14 @@ fn weight(group: GroupId, node: NodeId) -> u64 {
     u64::from_le_bytes(first)
 }
 
-/// One step from `current` voters to `desired`; a group changes one replica at a time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Learners added in one step at most.
+const LEARNERS_AT_ONCE: usize = 256;
+
+/// One step from `current` voters to `desired`; a group changes one voter at a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Makes a replica that does not vote yet.
-    AddLearner(u64),
+    /// Makes replicas that do not vote yet.
+    AddLearners(Vec<u64>),
     /// A learner that has the log starts to vote.
     Promote(u64),
     /// A voter stops to vote, but keeps the state.
@@ -99,11 +102,14 @@ pub(crate) fn next_step(
     desired: &BTreeSet<u64>,
     caught_up: &BTreeSet<u64>,
 ) -> Option<Step> {
-    let missing = members
+    let missing: Vec<u64> = members
         .keys()
-        .find(|id| !voters.contains(id) && !learners.contains(id));
-    if let Some(id) = missing {
-        return Some(Step::AddLearner(*id));
+        .filter(|id| !voters.contains(id) && !learners.contains(id))
+        .take(LEARNERS_AT_ONCE)
+        .copied()
+        .collect();
+    if !missing.is_empty() {
+        return Some(Step::AddLearners(missing));
     }
     let promote = desired
         .iter()
@@ -193,9 +199,7 @@ mod tests {
                 break;
             };
             match step {
-                Step::AddLearner(id) => {
-                    learners.insert(id);
-                }
+                Step::AddLearners(ids) => learners.extend(ids),
                 Step::Promote(id) => {
                     learners.remove(&id);
                     voters.insert(id);

@@ -11,14 +11,13 @@ use libp2p::swarm::{
     ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
     THandlerOutEvent, ToSwarm, dummy,
 };
-use libp2p::{PeerId, allow_block_list, connection_limits, gossipsub, ping};
+use libp2p::{PeerId, allow_block_list, connection_limits, gossipsub};
 use parking_lot::RwLock;
 
 /// The protocols of members.
 #[derive(NetworkBehaviour)]
 pub(crate) struct Inner {
     pub(crate) gossipsub: gossipsub::Behaviour,
-    pub(crate) ping: ping::Behaviour,
     pub(crate) streams: libp2p_stream::Behaviour,
 }
 

@@ -24,6 +24,8 @@ const ANSWERS_MAX: usize = 64;
 const OPEN_TIME: Duration = Duration::from_secs(3);
 /// Questions whose asker may have given up are looked for when so many are open.
 const OPEN_MANY: usize = 1024;
+/// A question without a text is a ping: whoever is there answers, without asking the handler.
+const PING: &[u8] = &[];
 /// A message begins with the number of the question.
 const NUMBER_BYTES: usize = 8;
 /// Status byte of an answer.
@@ -56,6 +58,17 @@ impl Lines {
     /// Ends the lines to all but these.
     pub(crate) fn retain(&self, keep: impl Fn(&NodeId) -> bool) {
         self.open.lock().retain(|node, _| keep(node));
+    }
+
+    /// Asks for a sign of life; waits until it is there or the stream breaks.
+    pub(crate) async fn ping(
+        &self,
+        runtime: &tokio::runtime::Handle,
+        control: &libp2p_stream::Control,
+        to: (NodeId, PeerId),
+    ) -> Result<(), Fault> {
+        let answer = self.ask(runtime, control, to, PING.to_vec()).await;
+        answer.map(|_| ())
     }
 
     /// Asks; waits until there is an answer or the stream breaks.
@@ -203,6 +216,11 @@ async fn answer_all(peer: PeerId, stream: Stream, shared: Arc<Shared>, handler: 
                 return;
             };
             shared.heard(node);
+            if let Some((number, PING)) = split(&question) {
+                let answer = [&number.to_be_bytes()[..], &[ANSWERED]].concat();
+                let _ = answers.send(answer).await;
+                continue;
+            }
             // When too many are being answered the rest waits in the stream, and then at the asker.
             let Ok(permit) = Arc::clone(&shared.calls).acquire_owned().await else {
                 return;

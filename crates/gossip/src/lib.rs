@@ -7,11 +7,13 @@
 mod behaviour;
 mod calls;
 mod network;
+mod pace;
 mod streams;
 mod verdict;
 mod view;
 
 pub use crate::network::{Handler, Network, NetworkConfig, NetworkError, Peer};
+pub use crate::pace::{report_interval, report_spacing, suspect_after};
 pub use crate::streams::{CALL_BYTES_MAX, CallError};
-pub use crate::verdict::{Opinions, SUSPECT_AFTER, Verdict, verdict};
+pub use crate::verdict::{Opinions, Verdict, verdict};
 pub use crate::view::{Seen, View};

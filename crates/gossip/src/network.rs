@@ -16,7 +16,7 @@ use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, SwarmEvent};
 use libp2p::{
     PeerId, Stream, Swarm, SwarmBuilder, allow_block_list, connection_limits, gossipsub, identity,
-    noise, ping, tcp, yamux,
+    noise, tcp, yamux,
 };
 use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
@@ -25,8 +25,9 @@ use tracing::{debug, info, warn};
 
 use crate::behaviour::{Behaviour, BehaviourEvent, Inner, InnerEvent, MemberSet, MembersOnly};
 use crate::calls::{self, Fault, Lines};
+use crate::pace;
 use crate::streams::{self, CALL_BYTES_MAX, CallError, JOIN_BYTES_MAX};
-use crate::verdict::{Opinions, SUSPECT_AFTER};
+use crate::verdict::Opinions;
 use crate::view::{self, Digest, Missing, View};
 
 /// Version of the messages of the report exchange.
@@ -42,11 +43,15 @@ const EXCHANGE_INTERVAL: Duration = Duration::from_secs(10);
 /// The side with the larger id waits this long before it dials too, so that two nodes seldom end
 /// up with two connections.
 const SECOND_DIALLER_WAIT: Duration = Duration::from_secs(3);
+/// Dials under way at most: a node that starts in a large federation does not dial all at once.
+const DIALS_MAX: u32 = 16;
 /// A peer that is no member may stay this long: long enough to join.
 const OUTSIDER_TIME: Duration = Duration::from_secs(30);
 /// A connection that somebody asked to join on is kept this long after it was admitted: the answer
 /// may still be on the way.
 const JOIN_ANSWER_TIME: Duration = Duration::from_secs(1);
+/// A connection on which a ping is not answered for this long is closed.
+const PING_TIME: Duration = Duration::from_secs(4);
 /// When the care task was away for longer, this node was paused, and what it did not hear says
 /// nothing about others.
 const PAUSE_DETECTED: Duration = Duration::from_secs(2);
@@ -193,6 +198,13 @@ fn build_swarm(
         .validate_messages()
         .max_transmit_size(REPORT_BYTES_MAX + 1024)
         .heartbeat_interval(Duration::from_secs(1))
+        // Everybody is connected with everybody, and an exchange makes up for what is lost: fewer
+        // copies than the library's defaults, which are for networks of strangers.
+        .flood_publish(false)
+        .mesh_n(4)
+        .mesh_n_low(3)
+        .mesh_n_high(8)
+        .mesh_outbound_min(1)
         .message_id_fn(|message| {
             gossipsub::MessageId::from(blake3::hash(&message.data).as_bytes().to_vec())
         })
@@ -206,11 +218,6 @@ fn build_swarm(
         .map_err(|error| start(error.to_string()))?;
     let inner = Inner {
         gossipsub,
-        ping: ping::Behaviour::new(
-            ping::Config::new()
-                .with_interval(Duration::from_secs(2))
-                .with_timeout(Duration::from_secs(4)),
-        ),
         streams: libp2p_stream::Behaviour::new(),
     };
     let limits = connection_limits::ConnectionLimits::default()
@@ -312,6 +319,8 @@ impl Network {
         tokio::spawn(take_reports(reports, Arc::clone(&shared)));
         tokio::spawn(take_joins(joins, Arc::clone(&shared), handler));
         let (exchange, wanted) = mpsc::channel(64);
+        let (unanswered, silent) = mpsc::channel(64);
+        let pings = streams.clone();
         tokio::spawn(exchange_reports(wanted, Arc::downgrade(&shared), streams));
         tokio::spawn(
             SwarmTask {
@@ -324,6 +333,13 @@ impl Network {
                 last_care: Instant::now(),
                 last_exchange: Instant::now(),
                 turn: 0,
+                pinger: Pinger {
+                    lines: Arc::clone(&network.lines),
+                    streams: pings,
+                    asked: BTreeMap::new(),
+                },
+                unanswered,
+                silent,
             }
             .run(),
         );
@@ -487,15 +503,15 @@ impl Network {
         self.shared.opinions(Instant::now())
     }
 
-    /// Members this node has not heard for [`SUSPECT_AFTER`], with their silence: its opinion for
-    /// its report.
+    /// Members this node has not heard for [`crate::suspect_after`], with their silence: its
+    /// opinion for its report.
     pub fn unheard(&self) -> BTreeMap<NodeId, Duration> {
-        let opinions = self.opinions();
-        opinions
-            .silence
-            .into_iter()
-            .filter(|(_, silence)| *silence >= SUSPECT_AFTER)
-            .collect()
+        self.opinions().unheard()
+    }
+
+    /// How many members there are.
+    pub fn member_count(&self) -> usize {
+        self.shared.members.read().len()
     }
 
     /// Cuts the connections with `nodes` and refuses new ones, until called without them. For
@@ -538,6 +554,16 @@ impl Shared {
         if let Some(at) = self.heard.write().get_mut(&node) {
             *at = Instant::now();
         }
+    }
+
+    /// A ping was answered after `rtt`.
+    fn measured(&self, node: NodeId, rtt: Duration) {
+        self.heard(node);
+        let mut rtts = self.rtts.write();
+        // Smoothed as in RFC 6298 §2.
+        rtts.entry(node)
+            .and_modify(|old| *old = (*old * 7 + rtt) / 8)
+            .or_insert(rtt);
     }
 
     fn asks_to_join(&self, peer: PeerId) {
@@ -819,6 +845,58 @@ struct SwarmTask {
     last_care: Instant,
     last_exchange: Instant,
     turn: usize,
+    pinger: Pinger,
+    unanswered: mpsc::Sender<PeerId>,
+    /// Peers that did not answer a ping.
+    silent: mpsc::Receiver<PeerId>,
+}
+
+/// Asks for signs of life.
+struct Pinger {
+    lines: Arc<Lines>,
+    streams: libp2p_stream::Control,
+    /// When each member was asked last.
+    asked: BTreeMap<NodeId, Instant>,
+}
+
+impl Pinger {
+    /// Pings members that were silent for long or whose round-trip time is old.
+    fn look(&mut self, shared: &Arc<Shared>, unanswered: &mpsc::Sender<PeerId>, now: Instant) {
+        let count = shared.members.read().len();
+        let (silence, interval) = (pace::ping_after(count), pace::rtt_interval(count));
+        let connected = shared.connected.borrow().clone();
+        self.asked.retain(|node, _| connected.contains(node));
+        let heard = shared.heard.read().clone();
+        for node in connected {
+            let since = |at: Option<&Instant>| {
+                at.map_or(Duration::MAX, |at| now.saturating_duration_since(*at))
+            };
+            let asked = since(self.asked.get(&node));
+            let due = asked >= interval || asked.min(since(heard.get(&node))) >= silence;
+            let Some(peer) = peer_id(node).filter(|_| due) else {
+                continue;
+            };
+            self.asked.insert(node, now);
+            let (lines, streams) = (Arc::clone(&self.lines), self.streams.clone());
+            let (shared, unanswered) = (Arc::downgrade(shared), unanswered.clone());
+            tokio::spawn(async move {
+                let runtime = tokio::runtime::Handle::current();
+                let start = Instant::now();
+                let ping = lines.ping(&runtime, &streams, (node, peer));
+                match tokio::time::timeout(PING_TIME, ping).await {
+                    Ok(Ok(())) => {
+                        if let Some(shared) = shared.upgrade() {
+                            shared.measured(node, start.elapsed());
+                        }
+                    }
+                    Ok(Err(fault)) => debug!(%node, ?fault, "no ping"),
+                    Err(_) => {
+                        let _ = unanswered.send(peer).await;
+                    }
+                }
+            });
+        }
+    }
 }
 
 impl SwarmTask {
@@ -832,6 +910,10 @@ impl SwarmTask {
                     Some(command) => self.on_command(command),
                     None => return,
                 },
+                Some(peer) = self.silent.recv() => {
+                    debug!(%peer, "no answer to a ping; the connection is closed");
+                    let _ = self.swarm.disconnect_peer_id(peer);
+                }
                 _ = care.tick() => {
                     let Some(shared) = self.shared.upgrade() else { return };
                     self.care(&shared);
@@ -877,9 +959,15 @@ impl SwarmTask {
     }
 
     fn dial(&mut self, peer: PeerId, addresses: Vec<Multiaddr>) {
+        let members = self
+            .shared
+            .upgrade()
+            .map_or(1, |shared| shared.members.read().len());
+        let at_once = pace::addresses_at_once(members);
         let options = DialOpts::peer_id(peer)
             .condition(PeerCondition::DisconnectedAndNotDialing)
             .addresses(addresses)
+            .override_dial_concurrency_factor(at_once)
             .build();
         if let Err(error) = self.swarm.dial(options) {
             debug!(%peer, %error, "not dialled");
@@ -912,6 +1000,10 @@ impl SwarmTask {
                 continue;
             }
             let since = *self.wanted_since.entry(peer).or_insert(now);
+            let counters = self.swarm.network_info();
+            if counters.connection_counters().num_pending_outgoing() >= DIALS_MAX {
+                continue;
+            }
             let mine = shared.own < known.node;
             if mine || now.duration_since(since) >= SECOND_DIALLER_WAIT {
                 let addresses = known.addresses.iter().flat_map(|a| multiaddrs(a)).collect();
@@ -953,6 +1045,7 @@ impl SwarmTask {
         self.last_care = now;
         self.dial_members();
         self.close_wrong();
+        self.pinger.look(shared, &self.unanswered, now);
         if now.duration_since(self.last_exchange) >= EXCHANGE_INTERVAL {
             self.last_exchange = now;
             let connected: Vec<PeerId> = shared
@@ -1007,9 +1100,6 @@ impl SwarmTask {
                     }
                 }
             }
-            SwarmEvent::Behaviour(BehaviourEvent::Members(InnerEvent::Ping(event))) => {
-                self.on_ping(event);
-            }
             SwarmEvent::Behaviour(BehaviourEvent::Members(InnerEvent::Gossipsub(
                 gossipsub::Event::Message {
                     propagation_source,
@@ -1033,26 +1123,6 @@ impl SwarmTask {
         if news {
             debug!(%node, "connected");
             let _ = self.exchange.try_send(peer);
-        }
-    }
-
-    fn on_ping(&mut self, event: ping::Event) {
-        let (Some(shared), Some(node)) = (self.shared.upgrade(), node_id(&event.peer)) else {
-            return;
-        };
-        match event.result {
-            Ok(rtt) => {
-                shared.heard(node);
-                let mut rtts = shared.rtts.write();
-                // Smoothed as in RFC 6298 §2.
-                rtts.entry(node)
-                    .and_modify(|old| *old = (*old * 7 + rtt) / 8)
-                    .or_insert(rtt);
-            }
-            Err(error) => {
-                debug!(%node, %error, "no answer to a ping; the connection is closed");
-                self.swarm.close_connection(event.connection);
-            }
         }
     }
 

@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use krake_model::ids::NodeId;
 
-/// Silence after which a node says in its report that it does not hear a member: three missed
-/// reports at one per second.
-pub const SUSPECT_AFTER: Duration = Duration::from_millis(2500);
+use crate::pace::suspect_after;
 
 /// What this node hears itself, and what it was told.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,6 +19,41 @@ pub struct Opinions {
     pub silence: BTreeMap<NodeId, Duration>,
     /// Whom each other member says it does not hear.
     pub reported: BTreeMap<NodeId, BTreeSet<NodeId>>,
+}
+
+impl Opinions {
+    /// How long `node` has been silent; for ever when it was never heard.
+    fn silence_of(&self, node: &NodeId) -> Duration {
+        if self.own == Some(*node) {
+            return Duration::ZERO;
+        }
+        self.silence.get(node).copied().unwrap_or(Duration::MAX)
+    }
+
+    /// Silence that makes a member suspect.
+    fn suspect_after(&self) -> Duration {
+        suspect_after(self.members.len())
+    }
+
+    /// Members that were heard lately, whoever has these opinions among them.
+    fn heard(&self) -> impl Iterator<Item = &NodeId> {
+        let limit = self.suspect_after();
+        let heard = move |node: &&NodeId| self.silence_of(node) < limit;
+        self.members.iter().filter(heard)
+    }
+
+    /// Whether no majority of the members is heard: then it may be this node that is cut off.
+    pub fn is_isolated(&self) -> bool {
+        self.heard().count() * 2 <= self.members.len()
+    }
+
+    /// Members not heard for so long that it belongs into the report, with their silence.
+    pub fn unheard(&self) -> BTreeMap<NodeId, Duration> {
+        let limit = self.suspect_after();
+        let unheard = |(_, silence): &(&NodeId, &Duration)| **silence >= limit;
+        let silence = self.silence.iter().filter(unheard);
+        silence.map(|(node, silence)| (*node, *silence)).collect()
+    }
 }
 
 /// What is thought of a member.
@@ -38,24 +71,14 @@ pub enum Verdict {
 
 /// Judges `subject` with `detect_after` as the silence that counts.
 pub fn verdict(opinions: &Opinions, subject: NodeId, detect_after: Duration) -> Verdict {
-    let silence = |node: &NodeId| {
-        if opinions.own == Some(*node) {
-            return Duration::ZERO;
-        }
-        opinions.silence.get(node).copied().unwrap_or(Duration::MAX)
-    };
-    let own_silence = silence(&subject);
-    if own_silence < SUSPECT_AFTER.min(detect_after) {
+    let own_silence = opinions.silence_of(&subject);
+    if own_silence < opinions.suspect_after().min(detect_after) {
         return Verdict::Alive;
     }
-    let heard: Vec<&NodeId> = opinions
-        .members
-        .iter()
-        .filter(|node| silence(node) < SUSPECT_AFTER)
-        .collect();
-    if heard.len() * 2 <= opinions.members.len() {
+    if opinions.is_isolated() {
         return Verdict::Isolated;
     }
+    let heard: Vec<&NodeId> = opinions.heard().collect();
     let agreeing = heard
         .iter()
         .filter(|node| {

@@ -14,8 +14,8 @@ use crate::datadir::Identity;
 use crate::federation::{Federation, now};
 use crate::site::agent::Agent;
 
-/// The shortest time between two reports.
-const SPACING: Duration = Duration::from_millis(250);
+/// How often it is looked whether a report is due.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Builds and publishes reports.
 pub struct Reporter {
@@ -65,26 +65,31 @@ impl Reporter {
     pub async fn run(self: Arc<Self>) {
         let mut sequence = 0;
         let mut unheard = self.federation.network.unheard();
-        let mut look = tokio::time::interval(SPACING);
+        let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = tokio::time::Instant::now();
         let mut first = true;
+        let mut changed = false;
         loop {
-            let mut due = first;
             tokio::select! {
-                () = self.changed.notified() => due = true,
-                () = self.agent.changed() => due = true,
+                () = self.changed.notified() => changed = true,
+                () = self.agent.changed() => changed = true,
                 _ = look.tick() => {
-                    due |= last.elapsed() >= self.interval;
                     let now = self.federation.network.unheard();
-                    due |= !now.keys().eq(unheard.keys());
+                    changed |= !now.keys().eq(unheard.keys());
                     unheard = now;
                 }
             }
-            if !due {
+            let members = self.federation.network.member_count();
+            let wait = if changed {
+                krake_gossip::report_spacing(members)
+            } else {
+                krake_gossip::report_interval(members).max(self.interval)
+            };
+            if !first && last.elapsed() < wait {
                 continue;
             }
-            first = false;
+            (first, changed) = (false, false);
             sequence += 1;
             last = tokio::time::Instant::now();
             let report = self.build(sequence);
@@ -95,7 +100,6 @@ impl Reporter {
                 Ok(signed) => self.federation.network.publish(signed).await,
                 Err(error) => warn!(%error, "the report could not be made"),
             }
-            look.tick().await;
         }
     }
 

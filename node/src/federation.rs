@@ -1,6 +1,6 @@
 //! What this node sees of the federation at one moment: for decisions, and for display.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -109,6 +109,8 @@ pub struct CommittedSite {
     node: NodeId,
     labels: BTreeMap<String, String>,
     cordoned: bool,
+    /// API kinds that each backend serves. Shared: every decision looks at them.
+    kinds: BTreeMap<String, Arc<BTreeSet<String>>>,
 }
 
 impl Federation {
@@ -168,11 +170,15 @@ impl Federation {
         let seen = view.borrow().get(&node).cloned();
         let mut status = json!({"state": self.state_of(&node)});
         if let Some(seen) = seen {
+            let served = |name: &str| {
+                let kinds = object["spec"]["backends"][name]["kinds"].as_array();
+                kinds.map_or(0, Vec::len)
+            };
             let backends: BTreeMap<&String, Value> = seen
                 .report
                 .backends
                 .iter()
-                .map(|(name, backend)| (name, backend_json(backend)))
+                .map(|(name, backend)| (name, backend_json(backend, served(name))))
                 .collect();
             status["reportAge"] = age(seen.age(Instant::now())).into();
             status["observedAt"] = json!(seen.report.observed_at);
@@ -240,12 +246,28 @@ fn committed_site(object: &Value) -> Option<CommittedSite> {
             labels.insert(key.clone(), value.to_owned());
         }
     }
+    let backends = object.pointer("/spec/backends").and_then(Value::as_object);
+    let kinds = backends
+        .into_iter()
+        .flatten()
+        .map(|(backend, record)| (backend.clone(), Arc::new(served(record))))
+        .collect();
     Some(CommittedSite {
+        kinds,
         name,
         node: text("/spec/node")?.parse().ok()?,
         labels,
         cordoned: object.pointer("/spec/cordoned").and_then(Value::as_bool) == Some(true),
     })
+}
+
+fn served(backend: &Value) -> BTreeSet<String> {
+    let kinds = backend.get("kinds").and_then(Value::as_array);
+    kinds
+        .into_iter()
+        .flatten()
+        .filter_map(|kind| kind.as_str().map(ToOwned::to_owned))
+        .collect()
 }
 
 fn site_states(site: &CommittedSite, view: &View, at: Instant) -> Vec<SiteState> {
@@ -281,7 +303,7 @@ fn site_states(site: &CommittedSite, view: &View, at: Instant) -> Vec<SiteState>
         .map(|(name, backend)| SiteState {
             metrics: seen.report.metrics.clone(),
             free: backend.free,
-            kinds: Arc::clone(&backend.kinds),
+            kinds: site.kinds.get(name).cloned().unwrap_or_default(),
             unhealthy: (!backend.healthy).then(|| backend.message.clone()),
             report_age: Some(seen.age(at)),
             ..state(name)
@@ -289,7 +311,7 @@ fn site_states(site: &CommittedSite, view: &View, at: Instant) -> Vec<SiteState>
         .collect()
 }
 
-fn backend_json(backend: &BackendReport) -> Value {
+fn backend_json(backend: &BackendReport, kinds: usize) -> Value {
     let cores = |millis: u64| format!("{:.1}", millis as f64 / 1000.0);
     let mib = |bytes: u64| format!("{}Mi", bytes >> 20);
     json!({
@@ -302,7 +324,7 @@ fn backend_json(backend: &BackendReport) -> Value {
         "totalMemory": mib(backend.total.memory_bytes),
         "totalPods": backend.total.pods,
         "reservedCpu": cores(backend.reserved.cpu_millis),
-        "kinds": backend.kinds.len(),
+        "kinds": kinds,
     })
 }
 

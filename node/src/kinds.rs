@@ -136,6 +136,7 @@ pub fn all() -> Vec<Kind> {
                     "node": text("Its node's id."),
                     "cordoned": {"type": "boolean", "description": "It takes no new applications."},
                     "location": free("Where it is."),
+                    "backends": free("What it runs applications on, by name, with the API kinds that each serves."),
                     "labels": {"type": "object", "additionalProperties": {"type": "string"}, "description": "What label constraints see."},
                 })),
                 "status": free("Its newest report; not part of the committed state."),

@@ -24,6 +24,7 @@ use crate::federation::{Federation, now};
 use crate::net::Admit;
 use crate::records::{self, TokenRecord, TokenState};
 use crate::rpc::{self, JoinReply, JoinRequest, accepted_until};
+use crate::site::agent::Agent;
 
 /// How long a newcomer waits for an answer.
 const JOIN_TIME: Duration = Duration::from_secs(20);
@@ -641,16 +642,25 @@ pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: 
     }
 }
 
-/// Brings what the catalog says of this node in line with its configuration.
-pub async fn publish_own(federation: Federation, config: Config) {
-    let meta = GroupId::META;
+/// Keeps what the catalog says of this node in line with its configuration and with the API kinds
+/// that its backends serve, until the program ends.
+pub async fn publish_own(federation: Federation, config: Config, agent: Agent) {
     let catalog = &federation.catalog;
+    let mut changes = agent.changes();
     loop {
-        if catalog.host.read_barrier(&[meta], PATIENCE).await.is_ok() {
-            match try_publish(&federation, &config).await {
+        changes.mark_unchanged();
+        let served = agent.served();
+        if catalog
+            .host
+            .read_barrier(&[GroupId::META], PATIENCE)
+            .await
+            .is_ok()
+        {
+            match try_publish(&federation, &config, &served).await {
+                Ok(()) if changes.changed().await.is_ok() => continue,
                 Ok(()) => return,
                 Err(error) => {
-                    warn!(%error, "the catalog does not have this site's configuration yet")
+                    warn!(%error, "the catalog does not have this site's configuration yet");
                 }
             }
         }
@@ -658,7 +668,11 @@ pub async fn publish_own(federation: Federation, config: Config) {
     }
 }
 
-async fn try_publish(federation: &Federation, config: &Config) -> anyhow::Result<()> {
+async fn try_publish(
+    federation: &Federation,
+    config: &Config,
+    served: &BTreeMap<String, Vec<String>>,
+) -> anyhow::Result<()> {
     let meta = GroupId::META;
     let catalog = &federation.catalog;
     let key = records::member_key(&federation.own);
@@ -674,32 +688,38 @@ async fn try_publish(federation: &Federation, config: &Config) -> anyhow::Result
         );
     }
     let addresses = config.advertised().to_vec();
-    if own.site == site && own.addresses == addresses {
-        return Ok(());
+    let mut operations = Vec::new();
+    if own.site != site || own.addresses != addresses {
+        own.site = site;
+        own.addresses = addresses;
+        let expect = Expect::Revision(entry.modified);
+        operations.push(put(key, records::write(&own), expect));
     }
-    own.site = site;
-    own.addresses = addresses;
     let (new_site, new_node) = objects(&own);
-    let mut operations = vec![put(
-        key,
-        records::write(&own),
-        Expect::Revision(entry.modified),
-    )];
     for (plural, new) in [("sites", new_site), ("nodes", new_node)] {
         let key = format!("{plural}/{}", own.site.name);
         let Some((mut object, entry)) = catalog.read::<Value>(meta, &key) else {
             continue;
         };
-        let cordoned = object.pointer("/spec/cordoned").cloned();
-        object["spec"] = new["spec"].clone();
-        if let Some(cordoned) = cordoned {
-            object["spec"]["cordoned"] = cordoned;
+        let mut spec = new["spec"].clone();
+        if plural == "sites" {
+            if let Some(cordoned) = object.pointer("/spec/cordoned") {
+                spec["cordoned"] = cordoned.clone();
+            }
+            let known = object.pointer("/spec/backends");
+            spec["backends"] = backends(config, served, known);
         }
-        operations.push(put(
-            key,
-            records::write(&object),
-            Expect::Revision(entry.modified),
-        ));
+        if object["spec"] == spec {
+            continue;
+        }
+        object["spec"] = spec;
+        let generation = object["metadata"]["generation"].as_u64().unwrap_or(0);
+        object["metadata"]["generation"] = json!(generation + 1);
+        let expect = Expect::Revision(entry.modified);
+        operations.push(put(key, records::write(&object), expect));
+    }
+    if operations.is_empty() {
+        return Ok(());
     }
     catalog
         .host
@@ -707,6 +727,27 @@ async fn try_publish(federation: &Federation, config: &Config) -> anyhow::Result
         .await?;
     info!("the federation knows this site's new configuration");
     Ok(())
+}
+
+/// What is committed of a site's backends: the API kinds they serve, of one that does not say now
+/// those that it served before (I11).
+fn backends(
+    config: &Config,
+    served: &BTreeMap<String, Vec<String>>,
+    known: Option<&Value>,
+) -> Value {
+    let names = config.backends.iter().map(|backend| &backend.name);
+    let record = |name: &String| {
+        let kinds = match served.get(name) {
+            Some(kinds) => json!(kinds),
+            None => known
+                .and_then(|known| known.get(name)?.get("kinds"))
+                .cloned()
+                .unwrap_or_else(|| json!([])),
+        };
+        (name.clone(), json!({"kinds": kinds}))
+    };
+    Value::Object(names.map(record).collect())
 }
 
 /// Makes an invitation: its text, its id and when it expires.
@@ -765,6 +806,17 @@ pub async fn invite(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_backend_served_stays_known_while_it_does_not_answer() {
+        let config: Config = toml::from_str("[[backends]]\nname = 'default'").unwrap();
+        let answers = BTreeMap::from([("default".to_owned(), vec!["v1/Secret".to_owned()])]);
+        let known = backends(&config, &answers, None);
+        assert_eq!(known, json!({"default": {"kinds": ["v1/Secret"]}}));
+        assert_eq!(backends(&config, &BTreeMap::new(), Some(&known)), known);
+        let old = json!({"default": {"kinds": []}, "gone": {"kinds": ["v1/Secret"]}});
+        assert_eq!(backends(&config, &answers, Some(&old)), known);
+    }
 
     #[test]
     fn a_token_that_cannot_be_used_says_why_and_what_to_do() {

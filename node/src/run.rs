@@ -230,7 +230,11 @@ async fn compose(
         Arc::clone(data),
         stored,
     ));
-    tokio::spawn(membership::publish_own(federation.clone(), config.clone()));
+    tokio::spawn(membership::publish_own(
+        federation.clone(),
+        config.clone(),
+        agent.clone(),
+    ));
     agent.start();
     owner.start(owner_reports);
     tokio::spawn(reporter.run());

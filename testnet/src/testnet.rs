@@ -963,6 +963,7 @@ fn complete_sites(list: &Value) -> usize {
     let complete = |site: &&Value| {
         site["status"]["state"] == "Alive"
             && site["status"]["backends"]["default"]["healthy"] == true
+            && site["status"]["backends"]["default"]["kinds"] != 0
     };
     list["items"]
         .as_array()

@@ -95,6 +95,8 @@ pub(crate) struct Core {
     followers_due: bool,
     counter: u64,
     ticks: u64,
+    /// Which configuration of each group its status shows.
+    shown: BTreeMap<GroupId, u64>,
 }
 
 impl Core {
@@ -114,6 +116,7 @@ impl Core {
             followers_due: false,
             counter: 0,
             ticks: 0,
+            shown: BTreeMap::new(),
         })
     }
 
@@ -447,7 +450,7 @@ impl Core {
     }
 
     /// Brings what is known of the groups up to date; `true`: something changed.
-    pub(crate) fn update_status(&self, known: &mut BTreeMap<GroupId, GroupStatus>) -> bool {
+    pub(crate) fn update_status(&mut self, known: &mut BTreeMap<GroupId, GroupStatus>) -> bool {
         let mut changed = false;
         if known.len() > self.groups.len() {
             known.retain(|id, _| self.groups.contains_key(id));
@@ -458,7 +461,7 @@ impl Core {
                 old.leader == group.leader()
                     && old.leads == group.leads()
                     && old.term == group.raw.raft.term
-                    && group.has_members(&old.voters, &old.learners)
+                    && self.shown.get(&group.id) == Some(&group.configuration_number)
             });
             if !same {
                 changed = true;
@@ -471,6 +474,7 @@ impl Core {
                     learners: group.learners(),
                 };
                 known.insert(group.id, status);
+                self.shown.insert(group.id, group.configuration_number);
             }
         }
         changed

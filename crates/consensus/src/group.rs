@@ -91,6 +91,8 @@ pub(crate) struct Group {
     compaction: Option<Write>,
     /// A replica was added that the snapshot does not know; it could not start from it.
     snapshot_wanted: bool,
+    /// Rises when other replicas vote or follow.
+    pub(crate) configuration_number: u64,
     pub(crate) reconcile: bool,
     pub(crate) leader_since_tick: u64,
     ticks: u64,
@@ -134,6 +136,7 @@ impl Group {
             ready: None,
             compaction: None,
             snapshot_wanted: false,
+            configuration_number: 0,
             reconcile: true,
             leader_since_tick: 0,
             ticks: 0,
@@ -180,18 +183,6 @@ impl Group {
             && tracker
                 .get(id)
                 .is_some_and(|progress| progress.matched >= self.raw.raft.raft_log.last_index())
-    }
-
-    /// Whether exactly these vote and follow.
-    pub(crate) fn has_members(&self, voters: &BTreeSet<u64>, learners: &BTreeSet<u64>) -> bool {
-        let configuration = self.raw.raft.prs().conf();
-        let ids = configuration.voters().ids();
-        ids.iter().all(|id| voters.contains(&id))
-            && voters.iter().all(|id| ids.contains(*id))
-            && configuration.learners().len() == learners.len()
-            && learners
-                .iter()
-                .all(|id| configuration.learners().contains(id))
     }
 
     /// The library draws election timeouts from the thread's random numbers; ours come from a
@@ -499,6 +490,7 @@ impl Group {
     }
 
     fn install(&mut self, snapshot: &pb::Snapshot, batches: &mut VecDeque<Batch>) {
+        self.configuration_number += 1;
         match Machine::decode(&snapshot.data) {
             Ok(mut machine) => {
                 machine.applied = snapshot.get_metadata().index;
@@ -559,6 +551,7 @@ impl Group {
 
     fn apply_configuration(&mut self, entry: &pb::Entry) {
         self.reconcile = true;
+        self.configuration_number += 1;
         let change: ConfigurationChange = match krake_model::codec::decode(
             CHANGE_VERSION,
             &entry.context,

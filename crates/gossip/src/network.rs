@@ -27,7 +27,7 @@ use crate::behaviour::{Behaviour, BehaviourEvent, Inner, InnerEvent, MemberSet, 
 use crate::calls::{self, Fault, Lines};
 use crate::pace;
 use crate::streams::{self, CALL_BYTES_MAX, CallError, JOIN_BYTES_MAX};
-use crate::verdict::Opinions;
+use crate::verdict::{self, Opinions};
 use crate::view::{self, Digest, Missing, View};
 
 /// Version of the messages of the report exchange.
@@ -43,13 +43,14 @@ const EXCHANGE_INTERVAL: Duration = Duration::from_secs(10);
 /// The side with the larger id waits this long before it dials too, so that two nodes seldom end
 /// up with two connections.
 const SECOND_DIALLER_WAIT: Duration = Duration::from_secs(3);
-/// Dials under way at most: a node that starts in a large federation does not dial all at once.
-const DIALS_MAX: u32 = 16;
 /// A peer that is no member may stay this long: long enough to join.
 const OUTSIDER_TIME: Duration = Duration::from_secs(30);
 /// A connection that somebody asked to join on is kept this long after it was admitted: the answer
 /// may still be on the way.
 const JOIN_ANSWER_TIME: Duration = Duration::from_secs(1);
+/// A dial does not take longer: two nodes that dial each other at once have two connections that
+/// are made within this time.
+const DIAL_TIME: Duration = Duration::from_secs(15);
 /// A connection on which a ping is not answered for this long is closed.
 const PING_TIME: Duration = Duration::from_secs(4);
 /// When the care task was away for longer, this node was paused, and what it did not hear says
@@ -239,9 +240,9 @@ fn build_swarm(
         )
         .map_err(|error| start(error.to_string()))?
         .with_quic_config(|mut quic| {
-            // A killed peer's connection must not outlive it for long.
-            quic.max_idle_timeout = 5000;
-            quic.keep_alive_interval = Duration::from_secs(1);
+            // Pings find a dead peer sooner; this is for what nobody pings any more.
+            quic.max_idle_timeout = 30_000;
+            quic.keep_alive_interval = Duration::from_secs(10);
             quic
         })
         .with_dns()
@@ -506,7 +507,8 @@ impl Network {
     /// Members this node has not heard for [`crate::suspect_after`], with their silence: its
     /// opinion for its report.
     pub fn unheard(&self) -> BTreeMap<NodeId, Duration> {
-        self.opinions().unheard()
+        let silence = self.shared.silence(Instant::now());
+        verdict::unheard(silence, self.member_count())
     }
 
     /// How many members there are.
@@ -606,17 +608,23 @@ impl Shared {
         taken
     }
 
-    fn opinions(&self, now: Instant) -> Opinions {
+    /// How long each other member has been silent.
+    fn silence(&self, now: Instant) -> BTreeMap<NodeId, Duration> {
         let heard = self.heard.read();
+        heard
+            .iter()
+            .filter(|(node, _)| **node != self.own)
+            .map(|(node, at)| (*node, now.saturating_duration_since(*at)))
+            .collect()
+    }
+
+    fn opinions(&self, now: Instant) -> Opinions {
+        let members = self.heard.read().keys().copied().collect::<Vec<_>>();
         let view = self.view.borrow();
         Opinions {
             own: Some(self.own),
-            members: heard.keys().copied().chain([self.own]).collect(),
-            silence: heard
-                .iter()
-                .filter(|(node, _)| **node != self.own)
-                .map(|(node, at)| (*node, now.saturating_duration_since(*at)))
-                .collect(),
+            members: members.into_iter().chain([self.own]).collect(),
+            silence: self.silence(now),
             reported: view
                 .iter()
                 .filter(|(node, _)| **node != self.own)
@@ -1000,15 +1008,23 @@ impl SwarmTask {
                 continue;
             }
             let since = *self.wanted_since.entry(peer).or_insert(now);
-            let counters = self.swarm.network_info();
-            if counters.connection_counters().num_pending_outgoing() >= DIALS_MAX {
-                continue;
-            }
             let mine = shared.own < known.node;
             if mine || now.duration_since(since) >= SECOND_DIALLER_WAIT {
                 let addresses = known.addresses.iter().flat_map(|a| multiaddrs(a)).collect();
                 self.dial(peer, addresses);
             }
+        }
+    }
+
+    /// A peer dials when it has no connection: if it has one here that is old, it was restarted.
+    fn close_older(&mut self, peer: PeerId) {
+        let older = self
+            .connections
+            .iter()
+            .filter(|(_, (other, made, _))| *other == peer && made.elapsed() > DIAL_TIME);
+        let older: Vec<ConnectionId> = older.map(|(connection, _)| *connection).collect();
+        for connection in older {
+            self.swarm.close_connection(connection);
         }
     }
 
@@ -1066,8 +1082,12 @@ impl SwarmTask {
             SwarmEvent::ConnectionEstablished {
                 peer_id,
                 connection_id,
+                endpoint,
                 ..
             } => {
+                if endpoint.is_listener() {
+                    self.close_older(peer_id);
+                }
                 let member = self.swarm.behaviour().members.is_admitted(connection_id);
                 self.connections
                     .insert(connection_id, (peer_id, Instant::now(), member));

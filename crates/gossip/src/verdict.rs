@@ -46,14 +46,16 @@ impl Opinions {
     pub fn is_isolated(&self) -> bool {
         self.heard().count() * 2 <= self.members.len()
     }
+}
 
-    /// Members not heard for so long that it belongs into the report, with their silence.
-    pub fn unheard(&self) -> BTreeMap<NodeId, Duration> {
-        let limit = self.suspect_after();
-        let unheard = |(_, silence): &(&NodeId, &Duration)| **silence >= limit;
-        let silence = self.silence.iter().filter(unheard);
-        silence.map(|(node, silence)| (*node, *silence)).collect()
-    }
+/// Of a federation of `members` those that were silent for so long that it belongs into the report.
+pub(crate) fn unheard(
+    mut silence: BTreeMap<NodeId, Duration>,
+    members: usize,
+) -> BTreeMap<NodeId, Duration> {
+    let limit = suspect_after(members);
+    silence.retain(|_, silence| *silence >= limit);
+    silence
 }
 
 /// What is thought of a member.

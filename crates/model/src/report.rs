@@ -1,7 +1,6 @@
 //! What a site says of itself, signed (DESIGN §2 *report*).
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -12,9 +11,11 @@ use crate::resources::Resources;
 use crate::time::Timestamp;
 
 /// Version byte of a report on the wire and on disk.
-const REPORT_VERSION: u8 = 1;
+const REPORT_VERSION: u8 = 2;
 /// A signed report is at most this large.
 pub const REPORT_BYTES_MAX: usize = 64 * 1024;
+/// Round-trip times in one report at most: a report fits into one packet or two.
+pub const RTTS_MAX: usize = 16;
 /// Separates signatures of reports from any other signature by the same key.
 const SIGNATURE_DOMAIN: &[u8] = b"krake-report-v1";
 
@@ -34,7 +35,8 @@ pub struct SiteReport {
     pub metrics: BTreeMap<String, f64>,
     /// Backends by name (`default` always exists), with capacity.
     pub backends: BTreeMap<String, BackendReport>,
-    /// Smoothed round-trip times to other nodes in microseconds.
+    /// Smoothed round-trip times to other nodes in microseconds; to [`RTTS_MAX`] of them at most,
+    /// in turns.
     pub rtts_micros: BTreeMap<NodeId, u64>,
     /// Members this node has not heard of lately, with the silence in milliseconds: one opinion,
     /// not a verdict.
@@ -57,9 +59,6 @@ pub struct BackendReport {
     pub free: Resources,
     /// What is held by reservations and assignments that do not run yet.
     pub reserved: Resources,
-    /// API kinds it serves, as `group/version/Kind` (`v1/ConfigMap` for the core group). Shared:
-    /// every decision looks at them.
-    pub kinds: Arc<BTreeSet<String>>,
 }
 
 impl SiteReport {

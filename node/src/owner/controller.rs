@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use krake_consensus::{Batch, Entry};
+use krake_model::report::SiteReport;
 use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Revision, Timestamp};
 use krake_placement::spec::{Defaults, validate};
 use parking_lot::Mutex;
@@ -48,8 +49,6 @@ struct State {
     led: BTreeSet<GroupId>,
     /// The newest change of each app that has been looked at.
     known: BTreeMap<AppKey, Revision>,
-    /// What of each site's report decisions depend on, as last seen.
-    seen: BTreeMap<NodeId, String>,
 }
 
 /// An app to look at, and what is remembered of it.
@@ -224,32 +223,24 @@ impl Owner {
     /// latency change all the time and wait for the timer.
     async fn follow_view(self) {
         let mut view = self.inner.federation.network.view();
+        let mut seen: BTreeMap<NodeId, ((u64, u64), String)> = BTreeMap::new();
         loop {
-            let now: BTreeMap<NodeId, String> = view
-                .borrow_and_update()
-                .iter()
-                .map(|(node, seen)| {
-                    let metrics: Vec<_> = seen
-                        .report
-                        .metrics
-                        .iter()
-                        .filter(|(name, _)| !matches!(name.as_str(), "load" | "latency"))
-                        .collect();
-                    let backends: Vec<_> = seen
-                        .report
-                        .backends
-                        .iter()
-                        .map(|(name, b)| (name, b.healthy, b.kinds.len()))
-                        .collect();
-                    (*node, format!("{metrics:?}{backends:?}"))
-                })
-                .collect();
-            let changed = {
-                let mut state = self.inner.state.lock();
-                let changed = state.seen != now;
-                state.seen = now;
-                changed
-            };
+            let mut changed = false;
+            {
+                let view = view.borrow_and_update();
+                let known = seen.len();
+                seen.retain(|node, _| view.contains_key(node));
+                changed |= seen.len() != known;
+                for (node, new) in view.iter() {
+                    let number = (new.report.boot, new.report.sequence);
+                    if seen.get(node).is_some_and(|(old, _)| *old == number) {
+                        continue;
+                    }
+                    let news = what_matters(&new.report);
+                    changed |= seen.get(node).is_none_or(|(_, old)| *old != news);
+                    seen.insert(*node, (number, news));
+                }
+            }
             if changed {
                 self.look_at_all(true);
             }
@@ -385,6 +376,19 @@ impl Owner {
         drop(state);
         self.inner.wake.notify_one();
     }
+}
+
+/// What of a report decisions depend on, as text to compare.
+fn what_matters(report: &SiteReport) -> String {
+    let metrics = report.metrics.iter();
+    let metrics: Vec<_> = metrics
+        .filter(|(name, _)| !matches!(name.as_str(), "load" | "latency"))
+        .collect();
+    let backends = report.backends.iter();
+    let backends: Vec<_> = backends
+        .map(|(name, backend)| (name, backend.healthy))
+        .collect();
+    format!("{metrics:?}{backends:?}")
 }
 
 fn app_of_key(key: &str) -> Option<AppKey> {

@@ -14,7 +14,7 @@ use krake_model::{AppKey, AppUid, ApplicationSpec, Epoch, Resources};
 use krake_placement::needs::needs_of;
 use parking_lot::Mutex;
 use serde_json::Value;
-use tokio::sync::{Notify, broadcast::error::RecvError, mpsc};
+use tokio::sync::{Notify, broadcast::error::RecvError, mpsc, watch};
 use tracing::{debug, info, warn};
 
 use crate::catalog::{PATIENCE, epoch_of};
@@ -94,8 +94,8 @@ struct Inner {
     work: Mutex<Work>,
     wake: Notify,
     unsent: Notify,
-    /// Wakes who builds the site's report.
-    changed: Notify,
+    /// Rises when capacity, health or served kinds changed.
+    changed: watch::Sender<u64>,
     local_owner: mpsc::Sender<CopyReport>,
 }
 
@@ -135,7 +135,7 @@ impl Agent {
                 work: Mutex::default(),
                 wake: Notify::new(),
                 unsent: Notify::new(),
-                changed: Notify::new(),
+                changed: watch::Sender::new(0),
                 local_owner,
             }),
         }
@@ -158,9 +158,21 @@ impl Agent {
         &self.inner.backends
     }
 
-    /// Wakes when capacity or health changed.
-    pub async fn changed(&self) {
-        self.inner.changed.notified().await;
+    /// Wakes when capacity, health or served kinds changed.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changed.subscribe()
+    }
+
+    /// API kinds that each backend serves; without the backends that do not say.
+    pub fn served(&self) -> BTreeMap<String, Vec<String>> {
+        let backends = self.inner.backends.iter();
+        backends
+            .filter_map(|backend| {
+                let inventory = backend.inventory.lock();
+                let kinds = inventory.as_ref().ok()?.kinds.clone();
+                Some((backend.name.clone(), kinds))
+            })
+            .collect()
     }
 
     /// What a backend offers: (total, free after promises, promised).
@@ -371,7 +383,7 @@ impl Agent {
                 self.inner.work.lock().settled.extend(settled);
             }
             if news {
-                self.inner.changed.notify_one();
+                self.inner.changed.send_modify(|number| *number += 1);
             }
             if healthy && first {
                 first = false;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use krake_model::report::{BackendReport, SiteReport};
-use krake_model::{Resources, SignedReport};
+use krake_model::report::{BackendReport, RTTS_MAX, SiteReport};
+use krake_model::{NodeId, Resources, SignedReport};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tracing::warn;
@@ -26,6 +26,16 @@ pub struct Reporter {
     interval: Duration,
     metrics: Mutex<BTreeMap<String, f64>>,
     changed: Notify,
+}
+
+/// [`RTTS_MAX`] of them, other ones in the next report.
+fn in_turns(
+    rtts: &BTreeMap<NodeId, Duration>,
+    sequence: u64,
+) -> impl Iterator<Item = (&NodeId, &Duration)> {
+    let turns = rtts.len().div_ceil(RTTS_MAX).max(1) as u64;
+    let first = (sequence % turns) as usize * RTTS_MAX;
+    rtts.iter().skip(first).take(RTTS_MAX)
 }
 
 impl std::fmt::Debug for Reporter {
@@ -70,10 +80,11 @@ impl Reporter {
         let mut last = tokio::time::Instant::now();
         let mut first = true;
         let mut changed = false;
+        let mut site = self.agent.changes();
         loop {
             tokio::select! {
                 () = self.changed.notified() => changed = true,
-                () = self.agent.changed() => changed = true,
+                Ok(()) = site.changed() => changed = true,
                 _ = look.tick() => {
                     let now = self.federation.network.unheard();
                     changed |= !now.keys().eq(unheard.keys());
@@ -115,12 +126,6 @@ impl Reporter {
         let mut backends = BTreeMap::new();
         let (mut total_cpu, mut free_cpu) = (0, 0);
         for backend in self.agent.backends() {
-            let kinds = backend
-                .inventory
-                .lock()
-                .as_ref()
-                .map(|inventory| Arc::new(inventory.kinds.iter().cloned().collect()))
-                .unwrap_or_default();
             let report = match self.agent.offer(backend) {
                 Ok((total, free, reserved)) => {
                     total_cpu += total.cpu_millis;
@@ -131,7 +136,6 @@ impl Reporter {
                         total,
                         free,
                         reserved,
-                        kinds,
                     }
                 }
                 Err(message) => BackendReport {
@@ -140,7 +144,6 @@ impl Reporter {
                     total: Resources::ZERO,
                     free: Resources::ZERO,
                     reserved: Resources::ZERO,
-                    kinds,
                 },
             };
             backends.insert(backend.name.clone(), report);
@@ -156,9 +159,8 @@ impl Reporter {
             observed_at: now(),
             metrics,
             backends,
-            rtts_micros: rtts
-                .into_iter()
-                .map(|(node, rtt)| (node, rtt.as_micros() as u64))
+            rtts_micros: in_turns(&rtts, sequence)
+                .map(|(node, rtt)| (*node, rtt.as_micros() as u64))
                 .collect(),
             unreachable: self
                 .federation

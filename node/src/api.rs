@@ -660,8 +660,10 @@ async fn metric(State(shared): State<Context_>, request: Request) -> Answer {
 /// `OpenMetrics` text.
 async fn metrics(State(shared): State<Context_>) -> Response {
     use prometheus_client::encoding::text::encode;
+    use prometheus_client::metrics::counter::Counter;
     use prometheus_client::metrics::gauge::Gauge;
     use prometheus_client::registry::Registry;
+    use std::sync::atomic::Ordering;
     let federation = &shared.parts.federation;
     let mut registry = Registry::with_prefix("krake");
     let mut gauge = |name: &str, help: &str, value: usize| {
@@ -708,6 +710,29 @@ async fn metrics(State(shared): State<Context_>) -> Response {
         .map(|group| federation.catalog.host.size(*group).1)
         .sum();
     gauge("catalog_bytes", "Bytes the catalog holds", bytes as usize);
+    let traffic = federation.network.traffic();
+    for (name, help, counted) in [
+        (
+            "frames",
+            "Consensus frames from other nodes",
+            &traffic.frames,
+        ),
+        (
+            "questions",
+            "Questions and pings from other nodes",
+            &traffic.questions,
+        ),
+        ("reports", "Reports over gossip", &traffic.reports),
+        (
+            "connections",
+            "Connections made with other nodes",
+            &traffic.connections,
+        ),
+    ] {
+        let counter: Counter = Counter::default();
+        counter.inc_by(counted.load(Ordering::Relaxed));
+        registry.register(name, help, counter);
+    }
     let mut text = String::new();
     if let Err(error) = encode(&mut text, &registry) {
         return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();

@@ -15,7 +15,7 @@ use krake_gossip::{Handler, Network, NetworkConfig, Peer};
 use krake_model::member::{SignedInvitation, join_proof_bytes};
 use krake_model::{Genesis, GroupId, Invitation, Member, NodeId, Timestamp};
 use serde_json::{Value, json};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::catalog::{Catalog, PATIENCE};
 use crate::config::{Config, is_dns_label};
@@ -613,23 +613,33 @@ async fn apply_voters(federation: &Federation, members: &[Member]) {
 pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: Membership) {
     let mut batches = federation.catalog.host.watch();
     let mut care = tokio::time::interval(Duration::from_secs(5));
+    let mut catch_up = tokio::time::interval(Duration::from_secs(1));
+    catch_up.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut turn = 0;
     loop {
-        let look = tokio::select! {
+        let members = tokio::select! {
             batch = batches.recv() => match batch {
-                Ok(batch) => batch.group == GroupId::META
-                    && (batch.reset || batch.changes.iter().any(|c| c.key.starts_with(records::MEMBERS))),
-                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => true,
+                Ok(batch) if batch.group == GroupId::META
+                    && (batch.reset || batch.changes.iter().any(|c| c.key.starts_with(records::MEMBERS))) =>
+                {
+                    federation.catalog.members()
+                }
+                Ok(_) => continue,
+                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => federation.catalog.members(),
                 Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
             },
             _ = care.tick() => {
                 apply_voters(&federation, &membership.members).await;
-                false
+                continue;
+            }
+            _ = catch_up.tick() => {
+                if has_meta(&federation, &membership) {
+                    continue;
+                }
+                turn += 1;
+                ask_members(&federation, &membership.members, turn).await
             }
         };
-        if !look {
-            continue;
-        }
-        let members = federation.catalog.members();
         // A replica that just begins may know fewer members than we were told when we joined.
         if members.len() < membership.members.len() || members == membership.members {
             continue;
@@ -640,6 +650,45 @@ pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: 
             warn!(%error, "the members could not be noted");
         }
     }
+}
+
+/// Whether the members come from the catalog: its replica here has a leader and knows all that we
+/// were told of.
+fn has_meta(federation: &Federation, membership: &Membership) -> bool {
+    let status = federation.catalog.host.status();
+    let led = status
+        .borrow()
+        .get(&GroupId::META)
+        .is_some_and(|group| group.leader.is_some());
+    led && federation.catalog.members().len() >= membership.members.len()
+}
+
+/// The members we know and those that another one knows. A node that was away, or joined just
+/// before others did, may know nobody of those who keep the catalog now; then they do not reach it
+/// either, for it lets members only speak.
+async fn ask_members(federation: &Federation, known: &[Member], turn: usize) -> Vec<Member> {
+    let mut members = known.to_vec();
+    let connected: Vec<NodeId> = federation
+        .network
+        .connected()
+        .borrow()
+        .iter()
+        .copied()
+        .collect();
+    let Some(asked) = connected.get(turn % connected.len().max(1)) else {
+        return members;
+    };
+    match crate::net::ask(&federation.network, *asked, &rpc::Request::Members).await {
+        Ok(rpc::Reply::Members(told)) => {
+            let news = told
+                .into_iter()
+                .filter(|member| known.iter().all(|known| known.node != member.node));
+            members.extend(news);
+        }
+        Ok(_) => {}
+        Err(error) => debug!(%asked, error, "the members could not be asked for"),
+    }
+    members
 }
 
 /// Keeps what the catalog says of this node in line with its configuration and with the API kinds
@@ -707,7 +756,10 @@ async fn try_publish(
                 spec["cordoned"] = cordoned.clone();
             }
             let known = object.pointer("/spec/backends");
-            spec["backends"] = backends(config, served, known);
+            let backends = backends(config, served, known);
+            if known.is_some() || backends != json!({}) {
+                spec["backends"] = backends;
+            }
         }
         if object["spec"] == spec {
             continue;
@@ -740,14 +792,11 @@ fn backends(
     let record = |name: &String| {
         let kinds = match served.get(name) {
             Some(kinds) => json!(kinds),
-            None => known
-                .and_then(|known| known.get(name)?.get("kinds"))
-                .cloned()
-                .unwrap_or_else(|| json!([])),
+            None => known?.get(name)?.get("kinds")?.clone(),
         };
-        (name.clone(), json!({"kinds": kinds}))
+        Some((name.clone(), json!({"kinds": kinds})))
     };
-    Value::Object(names.map(record).collect())
+    Value::Object(names.filter_map(record).collect())
 }
 
 /// Makes an invitation: its text, its id and when it expires.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use krake_consensus::{Host, Transport};
 use krake_gossip::{Handler, Network};
-use krake_model::NodeId;
+use krake_model::{Member, NodeId};
 use tokio::sync::mpsc;
 
 use crate::records::{self, CopyReport};
@@ -86,6 +86,8 @@ pub struct Parts {
     pub owner: mpsc::Sender<CopyReport>,
     /// Whether this node owns an app.
     pub owns: Arc<dyn Fn(&krake_model::AppKey) -> bool + Send + Sync>,
+    /// The members this node knows.
+    pub members: Arc<dyn Fn() -> Vec<Member> + Send + Sync>,
     /// The door.
     pub door: Arc<dyn Admit>,
 }
@@ -113,6 +115,7 @@ impl NodeHandler {
             Err(error) => Reply::Error {
                 message: error.to_string(),
             },
+            Ok(Request::Members) => Reply::Members((parts.members)()),
             Ok(Request::Reserve(request)) => parts.agent.reserve(request).await,
             Ok(Request::Copies(reports)) => {
                 let mut noted = Vec::new();

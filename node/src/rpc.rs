@@ -18,6 +18,8 @@ pub enum Request {
     Reserve(Reserve),
     /// To an owner: JSON of [`crate::records::CopyReport`]s.
     Copies(Vec<Vec<u8>>),
+    /// To any member: who the members are.
+    Members,
 }
 
 /// A reply between members.
@@ -32,6 +34,8 @@ pub enum Reply {
     },
     /// Taken note of; `owned` says for each report whether this node owns the app.
     Noted(Vec<bool>),
+    /// The members this node knows.
+    Members(Vec<Member>),
     /// The request could not be understood or handled.
     Error {
         /// Why.

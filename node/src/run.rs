@@ -222,6 +222,10 @@ async fn compose(
         agent: agent.clone(),
         owner: owner_sender,
         owns,
+        members: {
+            let catalog = federation.catalog.clone();
+            Arc::new(move || catalog.members())
+        },
         door: Arc::new(Door::new(federation.clone())),
     });
     membership::apply_members(&federation, &stored.members).await;

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::{AsyncReadExt, StreamExt};
@@ -216,6 +217,7 @@ async fn answer_all(peer: PeerId, stream: Stream, shared: Arc<Shared>, handler: 
                 return;
             };
             shared.heard(node);
+            shared.traffic.questions.fetch_add(1, Ordering::Relaxed);
             if let Some((number, PING)) = split(&question) {
                 let answer = [&number.to_be_bytes()[..], &[ANSWERED]].concat();
                 let _ = answers.send(answer).await;

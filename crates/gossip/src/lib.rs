@@ -12,7 +12,7 @@ mod streams;
 mod verdict;
 mod view;
 
-pub use crate::network::{Handler, Network, NetworkConfig, NetworkError, Peer};
+pub use crate::network::{Handler, Network, NetworkConfig, NetworkError, Peer, Traffic};
 pub use crate::pace::{report_interval, report_spacing, suspect_after};
 pub use crate::streams::{CALL_BYTES_MAX, CallError};
 pub use crate::verdict::{Opinions, Verdict, verdict};

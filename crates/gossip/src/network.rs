@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -122,6 +123,19 @@ enum Command {
     Listening(oneshot::Sender<Vec<Multiaddr>>),
 }
 
+/// What arrived from other members since the start.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    /// Consensus frames.
+    pub frames: AtomicU64,
+    /// Questions, pings among them.
+    pub questions: AtomicU64,
+    /// Reports over gossip that were new here.
+    pub reports: AtomicU64,
+    /// Connections made, by either side.
+    pub connections: AtomicU64,
+}
+
 pub(crate) struct Shared {
     own: NodeId,
     federation: FederationId,
@@ -135,6 +149,7 @@ pub(crate) struct Shared {
     /// Who asked to join within [`OUTSIDER_TIME`], and when last.
     joining: Mutex<BTreeMap<PeerId, Instant>>,
     pub(crate) calls: Arc<Semaphore>,
+    pub(crate) traffic: Traffic,
 }
 
 /// The handle; cheap to clone.
@@ -202,10 +217,12 @@ fn build_swarm(
         // Everybody is connected with everybody, and an exchange makes up for what is lost: fewer
         // copies than the library's defaults, which are for networks of strangers.
         .flood_publish(false)
-        .mesh_n(4)
-        .mesh_n_low(3)
-        .mesh_n_high(8)
+        .mesh_n(3)
+        .mesh_n_low(2)
+        .mesh_n_high(4)
         .mesh_outbound_min(1)
+        .gossip_lazy(2)
+        .gossip_factor(0.0)
         .message_id_fn(|message| {
             gossipsub::MessageId::from(blake3::hash(&message.data).as_bytes().to_vec())
         })
@@ -292,6 +309,7 @@ impl Network {
             queues: Mutex::default(),
             joining: Mutex::default(),
             calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
+            traffic: Traffic::default(),
         });
         let (commands, receiver) = mpsc::channel(1024);
         let network = Self {
@@ -509,6 +527,11 @@ impl Network {
     pub fn unheard(&self) -> BTreeMap<NodeId, Duration> {
         let silence = self.shared.silence(Instant::now());
         verdict::unheard(silence, self.member_count())
+    }
+
+    /// What arrived since the start.
+    pub fn traffic(&self) -> &Traffic {
+        &self.shared.traffic
     }
 
     /// How many members there are.
@@ -748,6 +771,7 @@ async fn take_frames(
                             return;
                         }
                         shared.heard(node);
+                        shared.traffic.frames.fetch_add(1, Ordering::Relaxed);
                         handler.frame(node, &frame);
                     }
                     Ok(None) => return,
@@ -1088,6 +1112,9 @@ impl SwarmTask {
                 if endpoint.is_listener() {
                     self.close_older(peer_id);
                 }
+                if let Some(shared) = self.shared.upgrade() {
+                    shared.traffic.connections.fetch_add(1, Ordering::Relaxed);
+                }
                 let member = self.swarm.behaviour().members.is_admitted(connection_id);
                 self.connections
                     .insert(connection_id, (peer_id, Instant::now(), member));
@@ -1153,6 +1180,7 @@ impl SwarmTask {
         let acceptance =
             match codec::decode::<SignedReport>(EXCHANGE_VERSION, data, REPORT_BYTES_MAX + 1024) {
                 Ok(report) => {
+                    shared.traffic.reports.fetch_add(1, Ordering::Relaxed);
                     if shared.take_report(report) {
                         gossipsub::MessageAcceptance::Accept
                     } else {

@@ -15,7 +15,7 @@ const REPORT_VERSION: u8 = 2;
 /// A signed report is at most this large.
 pub const REPORT_BYTES_MAX: usize = 64 * 1024;
 /// Round-trip times in one report at most: a report fits into one packet or two.
-pub const RTTS_MAX: usize = 16;
+pub const RTTS_MAX: usize = 8;
 /// Separates signatures of reports from any other signature by the same key.
 const SIGNATURE_DOMAIN: &[u8] = b"krake-report-v1";
 

@@ -210,6 +210,35 @@ async fn a_federation_lives_through_faults_and_leaves_nothing_behind() {
     assert_eq!(left_behind(&dir), Vec::<String>::new());
 }
 
+/// Beyond twenty members nodes speak less often and most replicas only follow; who joined first
+/// knew few of the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_sites_on_one_machine_form_a_federation() {
+    const SITES: usize = 24;
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = scratch.path().join("net");
+    let mut options = UpOptions::new(&dir).sites(SITES).unwrap();
+    options.shards = Some(4);
+    options.demo = true;
+    let testnet = Testnet::up(options).await.unwrap();
+    let sites = testnet.sites().unwrap();
+    assert_eq!(sites.len(), SITES);
+    let last = testnet.client(&sites[SITES - 1].name).unwrap();
+    let at = until("the last one sees the app", async || ready_at(&last).await).await;
+
+    // One that only follows is as good as any: it writes and reads, also after a restart.
+    let follower = sites.iter().rev().find(|site| site.name != at).unwrap();
+    testnet.kill(&follower.name, true).await.unwrap();
+    assert!(testnet.restart(&follower.name).await.unwrap());
+    let client = testnet.client(&follower.name).unwrap();
+    until("it has caught up", async || {
+        ready_at(&client).await.filter(|site| *site == at)
+    })
+    .await;
+    testnet.down().await.unwrap();
+    assert_eq!(left_behind(&dir), Vec::<String>::new());
+}
+
 fn program(dir: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_krake-testnet"));
     command

@@ -41,6 +41,8 @@ pub(crate) struct Settings {
     pub(crate) seed: u64,
     pub(crate) compact_entries: u64,
     pub(crate) compact_bytes: usize,
+    /// Entries kept before a snapshot, for replicas that are a little behind.
+    pub(crate) kept_entries: u64,
 }
 
 /// Changes of one group, in commit order.
@@ -335,11 +337,10 @@ impl Core {
         let mut round = Round::default();
         let mut messages = Vec::new();
         let mut broken = Vec::new();
-        let own = self.settings.replica;
         for (id, group) in &mut self.groups {
             let result = catch_unwind(AssertUnwindSafe(|| {
                 if group.reconcile {
-                    group.reconcile(&self.members, own);
+                    group.reconcile(&self.members, &self.settings);
                 }
                 if !group.dirty {
                     return None;

@@ -15,7 +15,8 @@ use thiserror::Error;
 use crate::frame::{self, Found};
 use crate::log::{GroupLog, HardState};
 use crate::medium::{Directory, RealDirectory};
-use crate::wal::{Owner, SEGMENT_BYTES, Wal, WalError};
+use crate::planted::{self, Bug};
+use crate::wal::{Owner, Wal, WalError};
 use crate::wire::{Entry, Snapshot};
 
 const RECORD_VERSION: u8 = 1;
@@ -308,7 +309,7 @@ pub fn create(path: &Path, owner: Owner) -> Result<(), DiskError> {
     Ok(())
 }
 
-fn create_in(directory: &dyn Directory, owner: Owner) -> Result<(), WalError> {
+pub(crate) fn create_in(directory: &dyn Directory, owner: Owner) -> Result<(), WalError> {
     let nothing = codec::encode(RECORD_VERSION, &Vec::<Change>::new())
         .map_err(|error| std::io::Error::other(error.to_string()))?;
     Wal::create(directory, owner, &nothing).map(|_| ())
@@ -326,7 +327,7 @@ impl Disk {
         Self::open_in(Box::new(RealDirectory::new(path)), path, owner)
     }
 
-    fn open_in(
+    pub(crate) fn open_in(
         directory: Box<dyn Directory>,
         path: &Path,
         owner: Owner,
@@ -398,6 +399,12 @@ impl Disk {
         Ok((disk, logs))
     }
 
+    /// Segments are full earlier: a simulation shall see many.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) const fn limit_segments(&mut self, bytes: u64) {
+        self.wal.segment_bytes = bytes;
+    }
+
     fn problem(&self, error: WalError) -> DiskError {
         Problem {
             path: self.path.clone(),
@@ -465,6 +472,9 @@ impl Disk {
             .create(&unfinished)
             .and_then(|file| {
                 file.write_at(0, &frame::write(1, &payload))?;
+                if planted::has(Bug::SnapshotNotSynced) {
+                    return Ok(());
+                }
                 file.sync()
             })
             .and_then(|()| self.directory.rename(&unfinished, &name))
@@ -483,7 +493,8 @@ impl Disk {
     fn drop_old(&mut self) -> Result<(), DiskError> {
         loop {
             let (oldest, count) = self.wal.oldest();
-            if count < 2 || !self.holders(oldest).is_empty() {
+            let held = !self.holders(oldest).is_empty();
+            if count < 2 || held && !planted::has(Bug::SegmentDroppedEarly) {
                 return Ok(());
             }
             self.wal
@@ -497,7 +508,7 @@ impl Disk {
     pub(crate) fn to_rewrite(&self, live: impl FnOnce() -> usize) -> BTreeSet<GroupId> {
         let (oldest, count) = self.wal.oldest();
         if count <= SEGMENTS_MIN
-            || self.wal.bytes() < SEGMENTS_MIN as u64 * SEGMENT_BYTES + 2 * live() as u64
+            || self.wal.bytes() < SEGMENTS_MIN as u64 * self.wal.segment_bytes + 2 * live() as u64
         {
             return BTreeSet::new();
         }

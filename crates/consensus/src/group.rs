@@ -18,6 +18,7 @@ use crate::core::{Batch, Settings};
 use crate::disk::{Change as LogChange, Write};
 use crate::log::{GroupLog, HardState};
 use crate::machine::{Answer, LogEntry, Machine};
+use crate::planted::{self, Bug};
 use crate::voters::{self, MemberInfo, Step};
 use crate::wire::{Configuration, Entry, Message, Snapshot};
 
@@ -64,8 +65,6 @@ const CHANGE_BYTES_MAX: usize = 16 * 1024;
 const READS_MAX: usize = 4096;
 /// Ticks after which an unanswered read is asked again under a new context.
 const READ_RETRY_TICKS: u64 = 3;
-/// Entries kept before the snapshot, for replicas that are a little behind.
-const KEPT_ENTRIES: u64 = 200;
 
 #[derive(Debug, Default)]
 struct Reads {
@@ -273,7 +272,11 @@ impl Group {
             waiters.push(waiter);
             return;
         }
-        let floor = self.last_stamp.max(self.machine.read().last_stamp);
+        let floor = if planted::has(Bug::StampsStartAnew) {
+            Revision::NONE
+        } else {
+            self.last_stamp.max(self.machine.read().last_stamp)
+        };
         let stamp = Revision::next(floor, now, self.id.number());
         let request = command.request;
         let data = match (LogEntry { stamp, command }).encode() {
@@ -308,6 +311,10 @@ impl Group {
 
     pub(crate) fn read(&mut self, waiter: oneshot::Sender<()>) {
         self.dirty = true;
+        if planted::has(Bug::ReadWithoutQuorum) && self.leads() {
+            let _ = waiter.send(());
+            return;
+        }
         let waiting = self.reads.queued.len()
             + self
                 .reads
@@ -334,13 +341,14 @@ impl Group {
             self.reads.queued.retain(|waiter| !waiter.is_closed());
             return;
         }
-        *counter += 1;
+        if !planted::has(Bug::ReusedReadContext) {
+            *counter += 1;
+        }
         let mut context = settings.boot_nonce.to_le_bytes().to_vec();
         context.extend_from_slice(&counter.to_le_bytes());
         let waiters = std::mem::take(&mut self.reads.queued);
-        self.reads
-            .asked
-            .insert(context.clone(), (self.ticks, waiters));
+        let asked = self.reads.asked.entry(context.clone());
+        asked.or_insert((self.ticks, Vec::new())).1.extend(waiters);
         self.raw.read_index(context);
     }
 
@@ -367,6 +375,9 @@ impl Group {
         let mut must_write = has_configuration_change(&self.backlog)
             || has_configuration_change(ready.committed_entries())
             || ready.must_sync();
+        if planted::has(Bug::TermNotWritten) && ready.entries().is_empty() {
+            must_write = false;
+        }
         if let Some(state) = ready.hs() {
             self.raw.mut_store().hard_state = HardState {
                 term: state.term,
@@ -386,7 +397,8 @@ impl Group {
         let entries = ready.take_entries();
         if let Some(first) = entries.first() {
             if snapshot.is_none() && first.index <= self.raw.store().last() {
-                truncate_from = Some(first.index);
+                truncate_from =
+                    Some(first.index).filter(|_| !planted::has(Bug::TruncationNotWritten));
             }
             must_write = true;
         }
@@ -407,6 +419,9 @@ impl Group {
             hard_state: self.raw.store().hard_state,
             start: self.raw.store().start(),
         };
+        if planted::has(Bug::VoteNotWritten) {
+            write.change.hard_state.vote = 0;
+        }
         Some(write)
     }
 
@@ -476,7 +491,7 @@ impl Group {
         let applied = self.machine.read().applied;
         let (done, waiting) = std::mem::take(&mut self.reads.confirmed)
             .into_iter()
-            .partition(|(index, _)| *index <= applied);
+            .partition(|(index, _)| *index <= applied || planted::has(Bug::ReadBeforeApplied));
         self.reads.confirmed = waiting;
         let done: Vec<(u64, Vec<oneshot::Sender<()>>)> = done;
         for waiter in done.into_iter().flat_map(|(_, waiters)| waiters) {
@@ -575,8 +590,11 @@ impl Group {
     }
 
     fn compact(&mut self, settings: &Settings) {
-        let applied = self.machine.read().applied;
+        let mut applied = self.machine.read().applied;
         let log = self.raw.store();
+        if planted::has(Bug::SnapshotAheadOfItself) {
+            applied = log.last().min(applied + 1);
+        }
         let since = applied.saturating_sub(log.snapshot_index());
         let long = since >= settings.compact_entries
             || (log.bytes() > settings.compact_bytes && since > 64);
@@ -598,7 +616,7 @@ impl Group {
         };
         let log = self.raw.mut_store();
         log.snapshot = Some(snapshot.clone());
-        log.compact(applied.saturating_sub(KEPT_ENTRIES));
+        log.compact(applied.saturating_sub(settings.kept_entries));
         let mut write = self.empty_write();
         write.snapshot = Some(snapshot);
         self.compaction = Some(write);
@@ -606,7 +624,8 @@ impl Group {
     }
 
     /// Moves the group's membership one step towards what it should be.
-    pub(crate) fn reconcile(&mut self, members: &BTreeMap<u64, MemberInfo>, own: u64) {
+    pub(crate) fn reconcile(&mut self, members: &BTreeMap<u64, MemberInfo>, settings: &Settings) {
+        let own = settings.replica;
         if !self.leads() || members.is_empty() || self.raw.raft.has_pending_conf() {
             return;
         }
@@ -618,7 +637,7 @@ impl Group {
             .iter()
             .filter(|id| {
                 self.raw.raft.prs().get(**id).is_some_and(|progress| {
-                    progress.matched > 0 && progress.matched + KEPT_ENTRIES >= last
+                    progress.matched > 0 && progress.matched + settings.kept_entries >= last
                 })
             })
             .copied()

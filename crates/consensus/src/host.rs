@@ -16,10 +16,11 @@ use tokio::sync::{broadcast, oneshot, watch};
 use tracing::{debug, error};
 
 use crate::command::{Command, Committed, ProposeError, ReadError};
-use crate::core::{Batch, Core, GroupStatus, Settings};
+use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{Disk, DiskError};
 use crate::group::{Group, Outcome};
 use crate::machine::{Entry, Machine};
+use crate::replica::{Effects, Replica};
 use crate::voters::MemberInfo;
 use crate::wal::Owner;
 use crate::wire::{Call, CallReply, Frame};
@@ -144,20 +145,22 @@ impl Host {
             seed: u64::from_le_bytes(seed) ^ config.boot,
             compact_entries: config.compact_entries,
             compact_bytes: 8 * 1024 * 1024,
+            kept_entries: 200,
         };
-        let core = Core::new(settings, groups).map_err(DiskError::Io)?;
+        let replica = Replica::new(settings, disk, groups)?;
         let (inputs, receiver) = sync_channel(INPUTS_MAX);
         let (batches, _) = broadcast::channel(WATCH_BACKLOG);
         let (status_sender, status) = watch::channel(BTreeMap::new());
         let (failure_sender, failure) = watch::channel(None);
         let machines: Machines = Arc::default();
         let mut engine = Engine {
-            core,
-            disk,
+            replica,
             inputs: receiver,
-            transport: Arc::clone(&transport),
-            machines: Arc::clone(&machines),
-            batches: batches.clone(),
+            output: Output {
+                transport: Arc::clone(&transport),
+                machines: Arc::clone(&machines),
+                batches: batches.clone(),
+            },
             status: status_sender,
             clock: Box::new(clock),
             tick: config.tick,
@@ -497,15 +500,44 @@ impl Host {
 }
 
 struct Engine {
-    core: Core,
-    disk: Disk,
+    replica: Replica,
     inputs: Receiver<Input>,
-    transport: Arc<dyn Transport>,
-    machines: Machines,
-    batches: broadcast::Sender<Batch>,
+    output: Output,
     status: watch::Sender<BTreeMap<GroupId, GroupStatus>>,
     clock: Box<dyn Fn() -> Timestamp + Send>,
     tick: Duration,
+}
+
+/// Where the replicas' effects go.
+struct Output {
+    transport: Arc<dyn Transport>,
+    machines: Machines,
+    batches: broadcast::Sender<Batch>,
+}
+
+impl Effects for Output {
+    fn send(&mut self, to: NodeId, frame: &Frame) -> bool {
+        match frame.encode() {
+            Ok(bytes) => self.transport.send(to, bytes),
+            Err(error) => {
+                error!(node = %to, %error, "a frame could not be written");
+                true
+            }
+        }
+    }
+
+    fn applied(&mut self, groups: &BTreeMap<GroupId, Group>, batches: VecDeque<Batch>) {
+        if groups.len() != self.machines.read().len() {
+            *self.machines.write() = groups
+                .iter()
+                .map(|(id, group)| (*id, Arc::clone(&group.machine)))
+                .collect();
+        }
+        for batch in batches {
+            // Nobody watching is fine.
+            let _ = self.batches.send(batch);
+        }
+    }
 }
 
 impl Engine {
@@ -532,7 +564,7 @@ impl Engine {
             }
             let now = Instant::now();
             if now >= next_tick {
-                self.core.tick();
+                self.replica.tick();
                 // After a pause time goes on from here: lost ticks would only start elections.
                 next_tick = (next_tick + self.tick).max(now + self.tick / 2);
             }
@@ -543,35 +575,19 @@ impl Engine {
     /// `false`: stop.
     fn take(&mut self, input: Input) -> Result<bool, DiskError> {
         match input {
-            Input::Frame(from, frame) => self.core.receive(from, frame),
+            Input::Frame(from, frame) => self.replica.receive(from, frame),
             Input::Propose(group, command, reply) => {
-                let now = (self.clock)();
-                match self.core.groups.get_mut(&group) {
-                    Some(group) => group.propose(command, reply, now),
-                    None => {
-                        let _ = reply.send(Outcome::NotLeader(None));
-                    }
-                }
+                self.replica.propose(group, command, reply, (self.clock)());
             }
-            Input::Read(group, reply) => {
-                if let Some(group) = self.core.groups.get_mut(&group) {
-                    group.read(reply);
-                }
-            }
-            Input::Members(members) => self.core.set_members(members),
+            Input::Read(group, reply) => self.replica.read(group, reply),
+            Input::Members(members) => self.replica.set_members(members),
             Input::Bootstrap(groups, reply) => {
-                let mut writes = Vec::new();
-                for group in groups {
-                    if !self.core.groups.contains_key(&group) {
-                        writes.push(self.core.bootstrap(group).map_err(DiskError::Io)?);
-                    }
-                }
-                self.disk.write(writes)?;
+                self.replica.bootstrap(groups)?;
                 self.rounds()?;
                 let _ = reply.send(Ok(()));
             }
             Input::HandOver(reply) => {
-                let _ = reply.send(self.core.hand_over());
+                let _ = reply.send(self.replica.hand_over());
             }
             Input::Stop => return Ok(false),
         }
@@ -579,68 +595,9 @@ impl Engine {
     }
 
     fn rounds(&mut self) -> Result<(), DiskError> {
-        loop {
-            let round = self.core.collect();
-            self.send(round.first);
-            if !round.writes.is_empty() {
-                self.disk.write(round.writes)?;
-            }
-            let mut batches = VecDeque::new();
-            let frames = self.core.complete(&mut batches);
-            self.send(frames);
-            if self.core.groups.len() != self.machines.read().len() {
-                *self.machines.write() = self
-                    .core
-                    .groups
-                    .iter()
-                    .map(|(id, group)| (*id, Arc::clone(&group.machine)))
-                    .collect();
-            }
-            for batch in batches {
-                // Nobody watching is fine.
-                let _ = self.batches.send(batch);
-            }
-            if !self.core.busy() {
-                break;
-            }
-        }
-        self.write_again()?;
+        self.replica.rounds(&mut self.output)?;
         self.status
-            .send_if_modified(|known| self.core.update_status(known));
+            .send_if_modified(|known| self.replica.update_status(known));
         Ok(())
-    }
-
-    /// Lets old segments of the log go.
-    fn write_again(&mut self) -> Result<(), DiskError> {
-        let groups = &self.core.groups;
-        let live = || {
-            groups
-                .values()
-                .map(|group| group.raw.store().bytes())
-                .sum::<usize>()
-        };
-        let wanted = self.disk.to_rewrite(live);
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        let writes = wanted
-            .iter()
-            .filter_map(|id| groups.get(id))
-            .map(Group::written_again)
-            .collect();
-        self.disk.write(writes)
-    }
-
-    fn send(&mut self, frames: Vec<(NodeId, Frame)>) {
-        for (node, frame) in frames {
-            match frame.encode() {
-                Ok(bytes) => {
-                    if !self.transport.send(node, bytes) {
-                        self.core.unreachable(node);
-                    }
-                }
-                Err(error) => error!(%node, %error, "a frame could not be written"),
-            }
-        }
     }
 }

@@ -15,6 +15,10 @@ mod host;
 mod log;
 mod machine;
 mod medium;
+mod planted;
+mod replica;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
 mod voters;
 mod wal;
 mod wire;

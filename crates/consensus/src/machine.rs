@@ -9,6 +9,7 @@ use krake_model::revision::Revision;
 use serde::{Deserialize, Serialize};
 
 use crate::command::{Command, Committed, Expect, Operation, RequestId};
+use crate::planted::{self, Bug};
 
 /// Version of a log entry's payload.
 const ENTRY_VERSION: u8 = 1;
@@ -110,6 +111,9 @@ impl Machine {
     }
 
     pub(crate) fn answer(&self, request: RequestId) -> Option<&Answer> {
+        if planted::has(Bug::RequestAppliedTwice) {
+            return None;
+        }
         self.answers.get(&request)
     }
 
@@ -126,11 +130,12 @@ impl Machine {
     ) -> (Answer, Vec<Change>) {
         self.applied = index;
         let LogEntry { stamp, command } = entry;
-        if let Some(answer) = self.answers.get(&command.request) {
+        let answered = self.answers.get(&command.request);
+        if let Some(answer) = answered.filter(|_| !planted::has(Bug::RequestAppliedTwice)) {
             return (answer.clone(), Vec::new());
         }
         // Two leaders may stamp alike when the second has not yet applied the first's entry.
-        let revision = if stamp > self.last_stamp {
+        let revision = if stamp > self.last_stamp || planted::has(Bug::StampsStartAnew) {
             stamp
         } else {
             Revision::next(self.last_stamp, stamp.timestamp(), stamp.group_number())
@@ -169,7 +174,7 @@ impl Machine {
                     actual.is_some_and(|entry| entry.modified == revision)
                 }
             };
-            if !holds {
+            if !holds && !planted::has(Bug::ConditionIgnored) {
                 return Err(Answer::Conflict {
                     key: key.to_owned(),
                     actual: actual.map(|entry| entry.modified),
@@ -237,6 +242,12 @@ impl Machine {
 
     /// All of it, as one record.
     pub(crate) fn encode(&self) -> Result<Vec<u8>, CodecError> {
+        if planted::has(Bug::SnapshotForgetsRequests) {
+            let mut forgetful = self.clone();
+            forgetful.answers.clear();
+            forgetful.order.clear();
+            return codec::encode(SNAPSHOT_VERSION, &forgetful);
+        }
         codec::encode(SNAPSHOT_VERSION, self)
     }
 

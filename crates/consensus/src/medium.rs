@@ -108,7 +108,7 @@ impl Medium for RealMedium {
 }
 
 /// A directory in memory that loses what was not synced.
-#[cfg(test)]
+#[cfg(any(test, feature = "simulation"))]
 pub(crate) mod memory {
     use std::collections::BTreeMap;
     use std::sync::Arc;
@@ -209,6 +209,7 @@ pub(crate) mod memory {
             inner.random = Some(random);
         }
 
+        #[cfg(test)]
         pub(crate) fn put(&self, name: &str, bytes: Vec<u8>) {
             let content = Content {
                 durable: bytes,
@@ -320,8 +321,9 @@ pub(crate) mod memory {
         fn sync(&self) -> io::Result<()> {
             operation(&self.inner)?;
             let mut content = self.content.lock();
-            content.durable = content.now();
-            content.pending.clear();
+            for (offset, piece) in std::mem::take(&mut content.pending) {
+                put(&mut content.durable, offset as usize, &piece);
+            }
             Ok(())
         }
     }

@@ -17,7 +17,7 @@ const CALL_VERSION: u8 = 1;
 pub(crate) const FRAME_MESSAGES_MAX: usize = 4096;
 
 /// Everything one node has for another at one moment: the heartbeats of all groups share it.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Frame {
     /// Replica id of the sender, to be checked against who it is.
     pub(crate) from: u64,

@@ -1,0 +1,142 @@
+//! The groups of one node together with their files, without thread, socket or clock: what the
+//! host's thread and the simulator drive.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use krake_model::ids::{GroupId, NodeId};
+use krake_model::time::Timestamp;
+use tokio::sync::oneshot;
+
+use crate::command::Command;
+use crate::core::{Batch, Core, GroupStatus, Settings};
+use crate::disk::{Disk, DiskError};
+use crate::group::{Group, Outcome};
+use crate::log::GroupLog;
+use crate::voters::MemberInfo;
+use crate::wire::Frame;
+
+/// What a round does to the rest of the world.
+pub(crate) trait Effects {
+    /// Sends a frame, best effort. `false`: it is known not to have left.
+    fn send(&mut self, to: NodeId, frame: &Frame) -> bool;
+    /// Entries were applied; everything before the first call was applied already.
+    fn applied(&mut self, groups: &BTreeMap<GroupId, Group>, batches: VecDeque<Batch>);
+}
+
+/// One node's part of the catalog. After an error it must not be used any more: what is in memory
+/// may not be on the disk.
+pub(crate) struct Replica {
+    pub(crate) core: Core,
+    disk: Disk,
+}
+
+impl Replica {
+    pub(crate) fn new(
+        settings: Settings,
+        disk: Disk,
+        groups: Vec<(GroupId, GroupLog)>,
+    ) -> Result<Self, DiskError> {
+        let core = Core::new(settings, groups).map_err(DiskError::Io)?;
+        Ok(Self { core, disk })
+    }
+
+    pub(crate) fn tick(&mut self) {
+        self.core.tick();
+    }
+
+    pub(crate) fn receive(&mut self, from: NodeId, frame: Frame) {
+        self.core.receive(from, frame);
+    }
+
+    pub(crate) fn set_members(&mut self, members: Vec<MemberInfo>) {
+        self.core.set_members(members);
+    }
+
+    pub(crate) fn hand_over(&mut self) -> usize {
+        self.core.hand_over()
+    }
+
+    pub(crate) fn propose(
+        &mut self,
+        group: GroupId,
+        command: Command,
+        reply: oneshot::Sender<Outcome>,
+        now: Timestamp,
+    ) {
+        match self.core.groups.get_mut(&group) {
+            Some(group) => group.propose(command, reply, now),
+            None => {
+                let _ = reply.send(Outcome::NotLeader(None));
+            }
+        }
+    }
+
+    pub(crate) fn read(&mut self, group: GroupId, reply: oneshot::Sender<()>) {
+        if let Some(group) = self.core.groups.get_mut(&group) {
+            group.read(reply);
+        }
+    }
+
+    /// Makes those groups that are not there yet, with this node as their only voter.
+    pub(crate) fn bootstrap(&mut self, groups: Vec<GroupId>) -> Result<(), DiskError> {
+        let mut writes = Vec::new();
+        for group in groups {
+            if !self.core.groups.contains_key(&group) {
+                writes.push(self.core.bootstrap(group).map_err(DiskError::Io)?);
+            }
+        }
+        self.disk.write(writes)
+    }
+
+    /// Works until there is nothing left to do without new input.
+    pub(crate) fn rounds(&mut self, effects: &mut impl Effects) -> Result<(), DiskError> {
+        loop {
+            let round = self.core.collect();
+            self.send(round.first, effects);
+            if !round.writes.is_empty() {
+                self.disk.write(round.writes)?;
+            }
+            let mut batches = VecDeque::new();
+            let frames = self.core.complete(&mut batches);
+            self.send(frames, effects);
+            effects.applied(&self.core.groups, batches);
+            if !self.core.busy() {
+                break;
+            }
+        }
+        self.write_again()
+    }
+
+    /// Lets old segments of the log go.
+    fn write_again(&mut self) -> Result<(), DiskError> {
+        let groups = &self.core.groups;
+        let live = || {
+            groups
+                .values()
+                .map(|group| group.raw.store().bytes())
+                .sum::<usize>()
+        };
+        let wanted = self.disk.to_rewrite(live);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let writes = wanted
+            .iter()
+            .filter_map(|id| groups.get(id))
+            .map(Group::written_again)
+            .collect();
+        self.disk.write(writes)
+    }
+
+    fn send(&mut self, frames: Vec<(NodeId, Frame)>, effects: &mut impl Effects) {
+        for (node, frame) in frames {
+            if !effects.send(node, &frame) {
+                self.core.unreachable(node);
+            }
+        }
+    }
+
+    pub(crate) fn update_status(&mut self, known: &mut BTreeMap<GroupId, GroupStatus>) -> bool {
+        self.core.update_status(known)
+    }
+}

@@ -1,0 +1,142 @@
+//! What must hold after every step.
+
+use std::collections::BTreeMap;
+
+use krake_model::ids::GroupId;
+use krake_model::revision::Revision;
+
+use crate::replica::Replica;
+use crate::wire::{Frame, MessageKind};
+
+/// A log entry, as far as replicas have to agree on it.
+type Digest = [u8; 16];
+
+/// What was seen so far.
+#[derive(Debug, Default)]
+pub(super) struct Checks {
+    leaders: BTreeMap<(GroupId, u64), u64>,
+    votes: BTreeMap<(GroupId, u64, u64), u64>,
+    committed: BTreeMap<(GroupId, u64), (u64, Digest)>,
+    stamps: BTreeMap<GroupId, BTreeMap<u64, Revision>>,
+    /// Up to which index each replica's log was compared.
+    compared: BTreeMap<(GroupId, u64), u64>,
+}
+
+impl Checks {
+    /// A replica was started anew: everything of it is compared again.
+    pub(super) fn restarted(&mut self, own: u64) {
+        self.compared.retain(|(_, replica), _| *replica != own);
+    }
+
+    /// Looks at what a replica sends.
+    pub(super) fn sent(&mut self, frame: &Frame) -> Result<(), String> {
+        for (group, message) in &frame.messages {
+            if message.kind != MessageKind::VoteResponse || message.reject {
+                continue;
+            }
+            let voter = (*group, message.term, message.from);
+            let candidate = *self.votes.entry(voter).or_insert(message.to);
+            if candidate != message.to {
+                return Err(format!(
+                    "replica {} of {group} voted for {candidate} and for {} in term {}",
+                    message.from, message.to, message.term
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at a replica after a step.
+    pub(super) fn look(&mut self, replica: &Replica) -> Result<(), String> {
+        let own = replica.core.settings.replica;
+        for (id, group) in &replica.core.groups {
+            let raft = &group.raw.raft;
+            if group.is_leader() {
+                let leader = *self.leaders.entry((*id, raft.term)).or_insert(own);
+                if leader != own {
+                    return Err(format!(
+                        "{leader} and {own} lead {id} in term {}",
+                        raft.term
+                    ));
+                }
+            }
+            let log = group.raw.store();
+            let compared = self.compared.entry((*id, own)).or_insert(0);
+            let committed = raft.raft_log.committed.min(log.last());
+            let from = log.first().max(*compared + 1);
+            for entry in log.entries().skip((from - log.first()) as usize) {
+                if entry.index > committed {
+                    break;
+                }
+                let mut digest = [0; 16];
+                let mut hasher = blake3::Hasher::new();
+                hasher.update(&entry.data);
+                hasher.update(&entry.context);
+                digest.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+                let seen = (entry.term, digest);
+                let known = *self.committed.entry((*id, entry.index)).or_insert(seen);
+                if known != seen {
+                    return Err(format!(
+                        "entry {} of {id} is committed with term {} somewhere and with term {} at {own}",
+                        entry.index, known.0, entry.term
+                    ));
+                }
+            }
+            *compared = committed.max(*compared);
+            let machine = group.machine.read();
+            self.stamp(*id, own, machine.applied, machine.last_stamp)?;
+        }
+        Ok(())
+    }
+
+    fn stamp(
+        &mut self,
+        group: GroupId,
+        own: u64,
+        applied: u64,
+        stamp: Revision,
+    ) -> Result<(), String> {
+        let stamps = self.stamps.entry(group).or_default();
+        let known = *stamps.entry(applied).or_insert(stamp);
+        if known != stamp {
+            return Err(format!(
+                "after entry {applied} of {group} the revision is {stamp:?} at {own} and {known:?} elsewhere"
+            ));
+        }
+        let before = stamps.range(..applied).next_back();
+        let after = stamps.range(applied + 1..).next();
+        if before.is_some_and(|(_, before)| *before > stamp)
+            || after.is_some_and(|(_, after)| *after < stamp)
+        {
+            return Err(format!("revisions of {group} fall around entry {applied}"));
+        }
+        Ok(())
+    }
+
+    /// Whether all replicas have the same.
+    pub(super) fn equal(replicas: &[&Replica]) -> Result<(), String> {
+        let Some((first, rest)) = replicas.split_first() else {
+            return Ok(());
+        };
+        for (id, group) in &first.core.groups {
+            let machine = group.machine.read();
+            for other in rest {
+                let own = other.core.settings.replica;
+                let Some(group) = other.core.groups.get(id) else {
+                    return Err(format!("replica {own} has no {id}"));
+                };
+                let theirs = group.machine.read();
+                if machine.applied != theirs.applied {
+                    return Err(format!(
+                        "replica {own} of {id} has applied {}, another one {}",
+                        theirs.applied, machine.applied
+                    ));
+                }
+                if *machine != *theirs {
+                    return Err(format!("replica {own} of {id} differs from another one"));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -100,4 +100,27 @@ mod tests {
         }
         assert!(answered > 4000, "too little happened: {answered}");
     }
+
+    /// Those that few seeds find; `krake-sim --bug all` looks for all.
+    #[test]
+    fn planted_mistakes_are_found() {
+        for bug in [
+            Bug::AcknowledgedBeforeSync,
+            Bug::ReadBeforeApplied,
+            Bug::RequestAppliedTwice,
+            Bug::SnapshotForgetsRequests,
+            Bug::SnapshotAheadOfItself,
+            Bug::ConditionIgnored,
+            Bug::StampsStartAnew,
+            Bug::SegmentDroppedEarly,
+            Bug::SnapshotNotSynced,
+        ] {
+            let scenario = Scenario {
+                bug: Some(bug),
+                ..Scenario::smoke()
+            };
+            let found = (0..20).any(|seed| run(seed, &scenario).violation.is_some());
+            assert!(found, "{bug:?} was not found");
+        }
+    }
 }

@@ -190,7 +190,10 @@ pub(crate) mod memory {
         pub(crate) fn power_cut(&self) {
             let mut inner = self.inner.lock();
             inner.left = None;
-            let mut random = inner.random.take().unwrap();
+            let mut random = inner
+                .random
+                .take()
+                .unwrap_or_else(|| StdRng::seed_from_u64(0));
             for file in inner.files.values() {
                 let mut file = file.lock();
                 let odds = [0.0, 0.5, 0.9, 1.0][random.random_range(0..4)];

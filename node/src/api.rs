@@ -281,6 +281,10 @@ async fn livez(State(shared): State<Context_>) -> Response {
 /// Ready: every group has a leader here, and the meta group can be read.
 async fn readyz(State(shared): State<Context_>) -> Response {
     let federation = &shared.parts.federation;
+    if federation.catalog.host.is_full() {
+        let text = "the disk is full: this node is read-only until there is room again\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, text).into_response();
+    }
     let expected = usize::from(federation.genesis.shard_count) + 1;
     let with_leader = federation
         .catalog
@@ -704,6 +708,11 @@ async fn metrics(State(shared): State<Context_>) -> Response {
         "peers_silent",
         "Members not heard of lately",
         federation.network.unheard().len(),
+    );
+    gauge(
+        "disk_full",
+        "1 while there is no room for the catalog and this node is read-only",
+        usize::from(federation.catalog.host.is_full()),
     );
     let bytes: u64 = groups
         .keys()

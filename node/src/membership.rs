@@ -131,6 +131,7 @@ fn objects(member: &Member) -> (Value, Value) {
 fn failure_of(host: &Host, error: impl Into<anyhow::Error>) -> anyhow::Error {
     match host.failure() {
         Some(failure) => anyhow::anyhow!("the catalog cannot be written: {failure}"),
+        None if host.is_full() => anyhow::anyhow!("there is no room left on the disk"),
         None => error.into(),
     }
 }

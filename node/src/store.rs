@@ -199,6 +199,7 @@ pub fn write_error(error: &ProposeError) -> ApiError {
         ProposeError::Invalid(_) => ApiError::bad_request(error.to_string()),
         ProposeError::Timeout { .. }
         | ProposeError::UnknownGroup { .. }
+        | ProposeError::DiskFull
         | ProposeError::Stopped => ApiError::unavailable(error.to_string()),
     }
 }

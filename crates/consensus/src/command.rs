@@ -207,6 +207,9 @@ pub enum ProposeError {
     /// The host has stopped or failed.
     #[error("the catalog of this node has stopped")]
     Stopped,
+    /// This node has no room on its disk, and no other one leads the group.
+    #[error("the disk of this node is full: free some room, or ask another node")]
+    DiskFull,
 }
 
 fn describe(actual: Option<Revision>) -> String {
@@ -236,4 +239,7 @@ pub enum ReadError {
     /// The host has stopped or failed.
     #[error("the catalog of this node has stopped")]
     Stopped,
+    /// This node has no room on its disk: what it has may be old.
+    #[error("the disk of this node is full: free some room, or ask another node")]
+    DiskFull,
 }

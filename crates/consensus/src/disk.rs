@@ -27,6 +27,9 @@ const PIECE_BYTES: usize = 4 * 1024 * 1024;
 const SEGMENTS_MIN: usize = 4;
 const SNAPSHOT_PREFIX: &str = "snapshot-";
 const UNFINISHED: &str = ".tmp";
+/// Written and removed to find out whether there is room again.
+const PROBE: &str = "room.tmp";
+const PROBE_BYTES: usize = 32 * 1024 * 1024;
 
 /// The catalog's files failed; the host stops, because a state that was not written must not be
 /// acted upon.
@@ -35,6 +38,10 @@ pub enum DiskError {
     /// Reading or writing failed.
     #[error("the catalog's files failed: {0}")]
     Io(String),
+    /// There is no room left. Nothing of the last write may be relied on; the catalog can be
+    /// opened again as after a crash.
+    #[error("there is no room left for the catalog in {}: free some, this node then goes on by itself", .0.display())]
+    Full(PathBuf),
     /// There is nothing where the catalog should be.
     #[error("there is no catalog in {}: what this node promised to the others is lost", .0.display())]
     Missing(PathBuf),
@@ -249,6 +256,7 @@ struct Problem {
 impl Problem {
     fn of(&self, error: WalError) -> DiskError {
         match error {
+            WalError::Io(error) if is_full(&error) => DiskError::Full(self.path.clone()),
             WalError::Io(error) => DiskError::Io(error.to_string()),
             WalError::Missing => DiskError::Missing(self.path.clone()),
             WalError::Foreign(owner) => DiskError::Foreign {
@@ -266,6 +274,13 @@ impl Problem {
             },
         }
     }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+    )
 }
 
 enum OpenError {
@@ -403,6 +418,43 @@ impl Disk {
     #[cfg(any(test, feature = "simulation"))]
     pub(crate) const fn limit_segments(&mut self, bytes: u64) {
         self.wal.segment_bytes = bytes;
+    }
+
+    /// Finds out whether there is room to go on: for one segment, and a group's snapshot.
+    pub(crate) fn has_room(path: &Path) -> Result<bool, DiskError> {
+        Self::has_room_in(&RealDirectory::new(path), path)
+    }
+
+    pub(crate) fn has_room_in(directory: &dyn Directory, path: &Path) -> Result<bool, DiskError> {
+        let probe = |bytes: &[u8]| {
+            let file = directory.create(PROBE)?;
+            for piece in 0..PROBE_BYTES / bytes.len() {
+                file.write_at((piece * bytes.len()) as u64, bytes)?;
+            }
+            file.sync()
+        };
+        let written = probe(&[0; 64 * 1024]);
+        directory
+            .remove(PROBE)
+            .or_else(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => Ok(()),
+                _ => Err(error),
+            })
+            .and(written)
+            .map(|()| true)
+            .or_else(|error| {
+                if is_full(&error) {
+                    Ok(false)
+                } else {
+                    Err(error)
+                }
+            })
+            .map_err(|error| {
+                Problem {
+                    path: path.to_owned(),
+                }
+                .of(WalError::Io(error))
+            })
     }
 
     fn problem(&self, error: WalError) -> DiskError {

@@ -13,7 +13,7 @@ use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use parking_lot::RwLock;
 use tokio::sync::{broadcast, oneshot, watch};
-use tracing::{debug, error};
+use tracing::{debug, error, info};
 
 use crate::command::{Command, Committed, ProposeError, ReadError};
 use crate::core::{Batch, GroupStatus, Settings};
@@ -34,6 +34,8 @@ const ROUND_INPUTS: usize = 512;
 const WATCH_BACKLOG: usize = 8192;
 /// First pause before a proposal is tried again; doubles up to [`RETRY_PAUSE_MAX`].
 const RETRY_PAUSE: Duration = Duration::from_millis(15);
+/// How often a full disk is asked for room.
+const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
 
 /// How bytes reach another member.
@@ -104,6 +106,7 @@ struct Shared {
     batches: broadcast::Sender<Batch>,
     status: watch::Receiver<BTreeMap<GroupId, GroupStatus>>,
     failure: watch::Receiver<Option<String>>,
+    full: watch::Receiver<bool>,
     transport: Arc<dyn Transport>,
     replica: u64,
 }
@@ -134,7 +137,6 @@ impl Host {
         transport: Arc<dyn Transport>,
         clock: impl Fn() -> Timestamp + Send + 'static,
     ) -> Result<Self, DiskError> {
-        let (disk, groups) = Disk::open(&config.path, config.owner)?;
         let mut seed = [0_u8; 8];
         seed.copy_from_slice(&config.owner.node.as_bytes()[..8]);
         let settings = Settings {
@@ -147,14 +149,22 @@ impl Host {
             compact_bytes: 8 * 1024 * 1024,
             kept_entries: 200,
         };
-        let replica = Replica::new(settings, disk, groups)?;
+        let (disk, groups) = Disk::open(&config.path, config.owner)?;
+        let replica = Replica::new(settings.clone(), disk, groups)?;
         let (inputs, receiver) = sync_channel(INPUTS_MAX);
         let (batches, _) = broadcast::channel(WATCH_BACKLOG);
         let (status_sender, status) = watch::channel(BTreeMap::new());
         let (failure_sender, failure) = watch::channel(None);
+        let (full_sender, full) = watch::channel(false);
         let machines: Machines = Arc::default();
         let mut engine = Engine {
             replica,
+            settings,
+            path: config.path.clone(),
+            owner: config.owner,
+            members: Vec::new(),
+            lives: 0,
+            full: full_sender,
             inputs: receiver,
             output: Output {
                 transport: Arc::clone(&transport),
@@ -186,6 +196,7 @@ impl Host {
                 batches,
                 status,
                 failure,
+                full,
                 transport,
                 replica: config.replica,
             }),
@@ -290,14 +301,14 @@ impl Host {
         loop {
             let left = deadline.saturating_duration_since(tokio::time::Instant::now());
             if left.is_zero() {
-                return Err(ProposeError::Timeout { group });
+                return Err(self.late(group));
             }
             if self.failure().is_some() {
                 return Err(ProposeError::Stopped);
             }
             let attempt = self.try_once(group, &command, hint.take(), left);
             match tokio::time::timeout(left, attempt).await {
-                Err(_) => return Err(ProposeError::Timeout { group }),
+                Err(_) => return Err(self.late(group)),
                 Ok(Outcome::Done(Err(ProposeError::Timeout { .. }))) => {}
                 Ok(Outcome::Done(result)) => return result,
                 Ok(Outcome::NotLeader(leader)) => {
@@ -310,6 +321,14 @@ impl Host {
             }
             tokio::time::sleep(pause.min(left)).await;
             pause = (pause * 2).min(RETRY_PAUSE_MAX);
+        }
+    }
+
+    fn late(&self, group: GroupId) -> ProposeError {
+        if self.is_full() {
+            ProposeError::DiskFull
+        } else {
+            ProposeError::Timeout { group }
         }
     }
 
@@ -420,6 +439,9 @@ impl Host {
     ) -> Result<(), ReadError> {
         loop {
             let (reply, answer) = oneshot::channel();
+            if self.is_full() {
+                return Err(ReadError::DiskFull);
+            }
             if !self.input(Input::Read(group, reply)).await || self.failure().is_some() {
                 return Err(ReadError::Stopped);
             }
@@ -468,6 +490,12 @@ impl Host {
         self.shared.failure.clone()
     }
 
+    /// Whether the disk is full: this node takes no part in decisions and answers stale reads only,
+    /// until there is room again.
+    pub fn is_full(&self) -> bool {
+        *self.shared.full.borrow()
+    }
+
     /// Hands all leadership to others, waiting at most `timeout`; `true` when none is left here.
     pub async fn hand_over(&self, timeout: Duration) -> bool {
         let deadline = tokio::time::Instant::now() + timeout;
@@ -501,6 +529,14 @@ impl Host {
 
 struct Engine {
     replica: Replica,
+    settings: Settings,
+    path: PathBuf,
+    owner: Owner,
+    /// As told last.
+    members: Vec<MemberInfo>,
+    /// How often the catalog was opened again.
+    lives: u64,
+    full: watch::Sender<bool>,
     inputs: Receiver<Input>,
     output: Output,
     status: watch::Sender<BTreeMap<GroupId, GroupStatus>>,
@@ -513,6 +549,24 @@ struct Output {
     transport: Arc<dyn Transport>,
     machines: Machines,
     batches: broadcast::Sender<Batch>,
+}
+
+impl Output {
+    /// The groups were read anew: whoever watches must read anew, too.
+    fn begin_anew(&self, groups: &BTreeMap<GroupId, Group>) {
+        *self.machines.write() = groups
+            .iter()
+            .map(|(id, group)| (*id, Arc::clone(&group.machine)))
+            .collect();
+        for (id, group) in groups {
+            let _ = self.batches.send(Batch {
+                group: *id,
+                revision: group.machine.read().last_stamp,
+                reset: true,
+                changes: Vec::new(),
+            });
+        }
+    }
 }
 
 impl Effects for Output {
@@ -540,8 +594,95 @@ impl Effects for Output {
     }
 }
 
+/// Nobody hears of it.
+struct Unheard;
+
+impl Effects for Unheard {
+    fn send(&mut self, _: NodeId, _: &Frame) -> bool {
+        true
+    }
+
+    fn applied(&mut self, _: &BTreeMap<GroupId, Group>, _: VecDeque<Batch>) {}
+}
+
 impl Engine {
     fn run(&mut self) -> Result<(), DiskError> {
+        loop {
+            match self.serve() {
+                Err(full @ DiskError::Full(_)) => {
+                    error!(%full, "the catalog is read-only here");
+                    if !self.wait_for_room()? {
+                        return Ok(());
+                    }
+                    info!("there is room for the catalog again");
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    /// Without room nothing can be promised: the node counts as away for the others, which lead
+    /// and vote without it. Writes that are sent to it go on to them. Then the catalog is opened
+    /// again, for what is in memory may be ahead of what is on the disk. `false`: stop.
+    fn wait_for_room(&mut self) -> Result<bool, DiskError> {
+        self.full.send_replace(true);
+        let own = self.settings.replica;
+        self.status.send_modify(|known| {
+            for group in known.values_mut() {
+                group.leads = false;
+                group.leader = group.leader.filter(|leader| *leader != own);
+            }
+        });
+        // Who waits for them learns that it is in vain.
+        self.replica.core.groups.clear();
+        loop {
+            let again = Instant::now() + ROOM_INTERVAL;
+            loop {
+                let wait = again.saturating_duration_since(Instant::now());
+                match self.inputs.recv_timeout(wait) {
+                    Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(false),
+                    Ok(Input::Members(members)) => self.members = members,
+                    Ok(Input::Propose(_, _, reply)) => {
+                        let _ = reply.send(Outcome::NotLeader(None));
+                    }
+                    Ok(Input::HandOver(reply)) => {
+                        let _ = reply.send(0);
+                    }
+                    Ok(Input::Bootstrap(_, reply)) => {
+                        let _ = reply.send(Err(DiskError::Full(self.path.clone())));
+                    }
+                    Ok(Input::Frame(..) | Input::Read(..)) => {}
+                    Err(RecvTimeoutError::Timeout) => break,
+                }
+            }
+            if Disk::has_room(&self.path)? {
+                match self.open_again() {
+                    Err(DiskError::Full(_)) => {}
+                    Err(error) => return Err(error),
+                    Ok(()) => {
+                        self.full.send_replace(false);
+                        return Ok(true);
+                    }
+                }
+            }
+        }
+    }
+
+    fn open_again(&mut self) -> Result<(), DiskError> {
+        self.lives += 1;
+        let (disk, groups) = Disk::open(&self.path, self.owner)?;
+        let mut settings = self.settings.clone();
+        // Read contexts are never used twice.
+        settings.boot_nonce ^= self.lives << 48;
+        let mut replica = Replica::new(settings, disk, groups)?;
+        replica.set_members(self.members.clone());
+        replica.rounds(&mut Unheard)?;
+        self.replica = replica;
+        self.output.begin_anew(&self.replica.core.groups);
+        self.rounds()
+    }
+
+    fn serve(&mut self) -> Result<(), DiskError> {
         let mut next_tick = Instant::now() + self.tick;
         loop {
             let wait = next_tick.saturating_duration_since(Instant::now());
@@ -580,11 +721,19 @@ impl Engine {
                 self.replica.propose(group, command, reply, (self.clock)());
             }
             Input::Read(group, reply) => self.replica.read(group, reply),
-            Input::Members(members) => self.replica.set_members(members),
+            Input::Members(members) => {
+                self.members.clone_from(&members);
+                self.replica.set_members(members);
+            }
             Input::Bootstrap(groups, reply) => {
-                self.replica.bootstrap(groups)?;
-                self.rounds()?;
-                let _ = reply.send(Ok(()));
+                let made = self.replica.bootstrap(groups).and_then(|()| self.rounds());
+                let told = match &made {
+                    Ok(()) => Ok(()),
+                    Err(DiskError::Full(path)) => Err(DiskError::Full(path.clone())),
+                    Err(error) => Err(DiskError::Io(error.to_string())),
+                };
+                let _ = reply.send(told);
+                made?;
             }
             Input::HandOver(reply) => {
                 let _ = reply.send(self.replica.hand_over());

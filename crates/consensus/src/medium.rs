@@ -151,6 +151,8 @@ pub(crate) mod memory {
         files: BTreeMap<String, Arc<Mutex<Content>>>,
         /// Operations until all fail.
         left: Option<u32>,
+        /// Bytes that can still be written.
+        room: Option<usize>,
         random: Option<StdRng>,
     }
 
@@ -183,7 +185,13 @@ pub(crate) mod memory {
         }
 
         pub(crate) fn never_fail(&self) {
-            self.inner.lock().left = None;
+            let mut inner = self.inner.lock();
+            (inner.left, inner.room) = (None, None);
+        }
+
+        /// After so many bytes there is no room, until told otherwise.
+        pub(crate) fn limit_room(&self, bytes: Option<usize>) {
+            self.inner.lock().room = bytes;
         }
 
         /// Of what was not synced, any sectors may have got to the disk.
@@ -316,6 +324,16 @@ pub(crate) mod memory {
     impl Medium for MemoryMedium {
         fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
             let outcome = operation(&self.inner);
+            if let Some(room) = &mut self.inner.lock().room {
+                if *room < bytes.len() {
+                    // What fits is written.
+                    let fits = std::mem::take(room);
+                    let piece = bytes[..fits].to_vec();
+                    self.content.lock().pending.push((offset, piece));
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
+                *room -= bytes.len();
+            }
             // A write that fails may have got through in part.
             self.content.lock().pending.push((offset, bytes.to_vec()));
             outcome

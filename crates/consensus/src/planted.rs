@@ -32,12 +32,14 @@ pub enum Bug {
     SnapshotNotSynced,
     /// Two reads are asked under one context.
     ReusedReadContext,
+    /// What a killed process wrote is relied on without making it durable.
+    ReadBackNotSynced,
 }
 
 #[cfg(any(test, feature = "simulation"))]
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::AcknowledgedBeforeSync,
         Self::VoteNotWritten,
         Self::TermNotWritten,
@@ -52,6 +54,7 @@ impl Bug {
         Self::SegmentDroppedEarly,
         Self::SnapshotNotSynced,
         Self::ReusedReadContext,
+        Self::ReadBackNotSynced,
     ];
 }
 

@@ -152,9 +152,15 @@ impl Wal {
                 bytes: offset as u64,
             });
         }
+        let file = directory.open(&name_of(last)).map_err(WalError::from)?;
+        // A process that was killed may have written what was not made durable: we have read it,
+        // and will act upon it.
+        if !planted::has(Bug::ReadBackNotSynced) {
+            file.sync().map_err(WalError::from)?;
+        }
         Ok(Self {
             owner,
-            file: directory.open(&name_of(last)).map_err(WalError::from)?,
+            file,
             // What is on the disk beyond is not relied on.
             room: segments.back().map_or(0, |segment| segment.bytes),
             segments,

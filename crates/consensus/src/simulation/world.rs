@@ -94,6 +94,9 @@ enum Event {
     },
     Fault,
     Census,
+    Room {
+        node: u64,
+    },
     Heal {
         number: u64,
     },
@@ -403,6 +406,10 @@ impl<'a> World<'a> {
                 self.schedule(3 * SECOND, Event::Census);
                 Ok(())
             }
+            Event::Room { node } => {
+                self.nodes[&node].directory.limit_room(None);
+                Ok(())
+            }
             Event::Heal { number } => {
                 if self.network.number == number {
                     self.network.cut.clear();
@@ -495,6 +502,10 @@ impl<'a> World<'a> {
                 self.stop(replica, true);
                 Ok(())
             }
+            Err(DiskError::Full(_)) => {
+                self.stop(replica, false);
+                Ok(())
+            }
             Err(error) => Err(format!(
                 "replica {replica} does not open its files: {error}"
             )),
@@ -577,7 +588,15 @@ impl<'a> World<'a> {
             Err(DiskError::Io(_)) => {
                 // What was answered before is answered.
                 self.answer_pending(&mut process);
-                self.stop(own, true);
+                // The process alone, or the whole machine.
+                let power = self.random.random_bool(0.7);
+                self.nodes[&own].directory.never_fail();
+                self.stop(own, power);
+                Ok(())
+            }
+            Err(DiskError::Full(_)) => {
+                self.answer_pending(&mut process);
+                self.stop(own, false);
                 Ok(())
             }
             Err(error) => Err(format!("replica {own}: {error}")),
@@ -872,7 +891,7 @@ impl<'a> World<'a> {
             .collect();
         let victim = members[self.random.random_range(0..members.len())];
         let seed = self.random.random_range(0..u64::MAX);
-        let kind = self.random.random_range(0..14);
+        let kind = self.random.random_range(0..15);
         self.trace.update(&[kind]);
         match kind {
             0 => self.kill(victim),
@@ -919,6 +938,12 @@ impl<'a> World<'a> {
                     self.start(id)?;
                 }
                 self.tell_members();
+            }
+            14 => {
+                let room = self.random.random_range(0..20_000);
+                self.nodes[&victim].directory.limit_room(Some(room));
+                let after = self.random.random_range(SECOND..8 * SECOND);
+                self.schedule(after, Event::Room { node: victim });
             }
             13 => self.step(victim, |replica| {
                 replica.hand_over();

@@ -220,6 +220,23 @@ pub(crate) mod memory {
             inner.random = Some(random);
         }
 
+        /// Flips a bit of what is on the disk, somewhere.
+        pub(crate) fn flip(&self, seed: u64) {
+            let inner = self.inner.lock();
+            let mut random = StdRng::seed_from_u64(seed);
+            let files: Vec<_> = inner.files.values().collect();
+            if files.is_empty() {
+                return;
+            }
+            let mut file = files[random.random_range(0..files.len())].lock();
+            // What is in memory only is written over it.
+            let end = file.durable.len();
+            if end > 0 {
+                let at = random.random_range(0..end);
+                file.durable[at] ^= 1 << random.random_range(0..8);
+            }
+        }
+
         #[cfg(test)]
         pub(crate) fn put(&self, name: &str, bytes: Vec<u8>) {
             let content = Content {

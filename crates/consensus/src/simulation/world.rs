@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -139,6 +140,10 @@ struct Node {
     tick: u64,
     paused_until: u64,
     away_since: Option<u64>,
+    /// A bit on its disk was flipped.
+    flipped: bool,
+    /// Its files are damaged: it does not come back.
+    lost: bool,
 }
 
 struct Current {
@@ -266,6 +271,8 @@ impl<'a> World<'a> {
                     tick: TICK * random.random_range(990..1010) / 1000,
                     paused_until: 0,
                     away_since: None,
+                    flipped: false,
+                    lost: false,
                 };
                 (replica, node)
             })
@@ -362,7 +369,7 @@ impl<'a> World<'a> {
                 })
             }
             Event::Restart { node } => {
-                let away = self.nodes[&node].process.is_none();
+                let away = self.nodes[&node].process.is_none() && !self.nodes[&node].lost;
                 if away { self.start(node) } else { Ok(()) }
             }
             Event::Members { node, boot } => {
@@ -504,6 +511,15 @@ impl<'a> World<'a> {
             }
             Err(DiskError::Full(_)) => {
                 self.stop(replica, false);
+                Ok(())
+            }
+            // It says so, and serves nothing.
+            Err(DiskError::Damaged { .. } | DiskError::Foreign { .. })
+                if self.nodes[&replica].flipped =>
+            {
+                if let Some(node) = self.nodes.get_mut(&replica) {
+                    node.lost = true;
+                }
                 Ok(())
             }
             Err(error) => Err(format!(
@@ -716,7 +732,7 @@ impl<'a> World<'a> {
         let members: Vec<u64> = self
             .nodes
             .iter()
-            .filter(|(_, node)| node.member)
+            .filter(|(_, node)| node.member && !node.lost)
             .map(|(id, _)| *id)
             .collect();
         let anybody = members[self.random.random_range(0..members.len())];
@@ -891,7 +907,7 @@ impl<'a> World<'a> {
             .collect();
         let victim = members[self.random.random_range(0..members.len())];
         let seed = self.random.random_range(0..u64::MAX);
-        let kind = self.random.random_range(0..15);
+        let kind = self.random.random_range(0..16);
         self.trace.update(&[kind]);
         match kind {
             0 => self.kill(victim),
@@ -938,6 +954,29 @@ impl<'a> World<'a> {
                     self.start(id)?;
                 }
                 self.tell_members();
+            }
+            15 => {
+                // One only, and none that is a group's only voter: what nobody else has is lost.
+                let flipped = self.nodes.values().any(|node| node.flipped);
+                let running = self.nodes.values().filter_map(|node| node.process.as_ref());
+                let groups = usize::from(self.scenario.groups);
+                let grown = |process: &&Process| {
+                    let replicas = &process.replica.core.groups;
+                    replicas.len() == groups
+                        && replicas.values().all(|group| group.voters().len() >= 3)
+                };
+                let survives = running.filter(grown).count() >= 3;
+                let mut away = self
+                    .nodes
+                    .iter_mut()
+                    .filter(|(_, node)| node.member && node.boot > 0 && node.process.is_none());
+                if survives
+                    && !flipped
+                    && let Some((_, node)) = away.next()
+                {
+                    node.flipped = true;
+                    node.directory.flip(seed);
+                }
             }
             14 => {
                 let room = self.random.random_range(0..20_000);
@@ -1002,7 +1041,7 @@ impl<'a> World<'a> {
         let away: Vec<u64> = self
             .nodes
             .iter()
-            .filter(|(_, node)| node.member && node.process.is_none())
+            .filter(|(_, node)| node.member && node.process.is_none() && !node.lost)
             .map(|(id, _)| *id)
             .collect();
         for node in away {
@@ -1014,9 +1053,41 @@ impl<'a> World<'a> {
 
     // The end.
 
+    /// Who votes and leads, for a report.
+    fn groups_now(&self) -> String {
+        let mut text = String::new();
+        for (id, node) in self.nodes.iter().filter(|(_, node)| node.member) {
+            let _ = write!(
+                text,
+                "replica {id}{}:",
+                if node.lost { " (lost)" } else { "" }
+            );
+            for group in node
+                .process
+                .iter()
+                .flat_map(|p| p.replica.core.groups.values())
+            {
+                let raft = &group.raw.raft;
+                let _ = write!(
+                    text,
+                    " {} {:?} term {} leader {:?} voters {:?} log {} committed {};",
+                    group.id,
+                    raft.state,
+                    raft.term,
+                    group.leader(),
+                    group.voters(),
+                    raft.raft_log.last_index(),
+                    raft.raft_log.committed,
+                );
+            }
+            text.push('\n');
+        }
+        text
+    }
+
     fn verdict(&self) -> Result<(), String> {
         if let Some(stuck) = &self.stuck {
-            return Err(stuck.clone());
+            return Err(format!("{stuck}\n{}", self.groups_now()));
         }
         for (id, client) in self.clients.iter().enumerate() {
             if client.current.is_some() {
@@ -1026,7 +1097,8 @@ impl<'a> World<'a> {
             }
         }
         let mut replicas = Vec::new();
-        for (id, node) in self.nodes.iter().filter(|(_, node)| node.member) {
+        let expected = |(_, node): &(&u64, &Node)| node.member && !node.lost;
+        for (id, node) in self.nodes.iter().filter(expected) {
             match &node.process {
                 Some(process) => replicas.push(&process.replica),
                 None => return Err(format!("replica {id} has not come back")),

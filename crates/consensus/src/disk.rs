@@ -298,6 +298,55 @@ fn snapshot_name(group: GroupId) -> String {
     format!("{SNAPSHOT_PREFIX}{:05}", group.number())
 }
 
+/// Where a catalog is, so that it can be opened again.
+pub(crate) trait Home: Send {
+    /// Opens it and reads every group's log.
+    fn open(&self) -> Result<(Disk, Vec<(GroupId, GroupLog)>), DiskError>;
+    /// Finds out whether there is room to go on.
+    fn has_room(&self) -> Result<bool, DiskError>;
+}
+
+/// A directory of the file system.
+#[derive(Debug)]
+pub(crate) struct RealHome {
+    pub(crate) path: PathBuf,
+    pub(crate) owner: Owner,
+}
+
+impl Home for RealHome {
+    fn open(&self) -> Result<(Disk, Vec<(GroupId, GroupLog)>), DiskError> {
+        Disk::open(&self.path, self.owner)
+    }
+
+    fn has_room(&self) -> Result<bool, DiskError> {
+        has_room(&RealDirectory::new(&self.path), &self.path)
+    }
+}
+
+/// Whether one more segment, and a group's snapshot, can be written.
+pub(crate) fn has_room(directory: &dyn Directory, path: &Path) -> Result<bool, DiskError> {
+    let probe = |bytes: &[u8]| {
+        let file = directory.create(PROBE)?;
+        for piece in 0..PROBE_BYTES / bytes.len() {
+            file.write_at((piece * bytes.len()) as u64, bytes)?;
+        }
+        file.sync()
+    };
+    let written = probe(&[0; 64 * 1024]);
+    let removed = match directory.remove(PROBE) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    };
+    match removed.and(written) {
+        Ok(()) => Ok(true),
+        Err(error) if is_full(&error) => Ok(false),
+        Err(error) => Err(Problem {
+            path: path.to_owned(),
+        }
+        .of(WalError::Io(error))),
+    }
+}
+
 /// Makes an empty catalog in the directory `path`, which must not be there or be empty.
 ///
 /// # Errors
@@ -418,43 +467,6 @@ impl Disk {
     #[cfg(any(test, feature = "simulation"))]
     pub(crate) const fn limit_segments(&mut self, bytes: u64) {
         self.wal.segment_bytes = bytes;
-    }
-
-    /// Finds out whether there is room to go on: for one segment, and a group's snapshot.
-    pub(crate) fn has_room(path: &Path) -> Result<bool, DiskError> {
-        Self::has_room_in(&RealDirectory::new(path), path)
-    }
-
-    pub(crate) fn has_room_in(directory: &dyn Directory, path: &Path) -> Result<bool, DiskError> {
-        let probe = |bytes: &[u8]| {
-            let file = directory.create(PROBE)?;
-            for piece in 0..PROBE_BYTES / bytes.len() {
-                file.write_at((piece * bytes.len()) as u64, bytes)?;
-            }
-            file.sync()
-        };
-        let written = probe(&[0; 64 * 1024]);
-        directory
-            .remove(PROBE)
-            .or_else(|error| match error.kind() {
-                std::io::ErrorKind::NotFound => Ok(()),
-                _ => Err(error),
-            })
-            .and(written)
-            .map(|()| true)
-            .or_else(|error| {
-                if is_full(&error) {
-                    Ok(false)
-                } else {
-                    Err(error)
-                }
-            })
-            .map_err(|error| {
-                Problem {
-                    path: path.to_owned(),
-                }
-                .of(WalError::Io(error))
-            })
     }
 
     fn problem(&self, error: WalError) -> DiskError {

@@ -17,7 +17,7 @@ use tracing::{debug, error, info};
 
 use crate::command::{Command, Committed, ProposeError, ReadError};
 use crate::core::{Batch, GroupStatus, Settings};
-use crate::disk::{Disk, DiskError};
+use crate::disk::{DiskError, Home, RealHome};
 use crate::group::{Group, Outcome};
 use crate::machine::{Entry, Machine};
 use crate::replica::{Effects, Replica};
@@ -137,6 +137,19 @@ impl Host {
         transport: Arc<dyn Transport>,
         clock: impl Fn() -> Timestamp + Send + 'static,
     ) -> Result<Self, DiskError> {
+        let home = RealHome {
+            path: config.path.clone(),
+            owner: config.owner,
+        };
+        Self::start_at(Box::new(home), config, transport, clock)
+    }
+
+    fn start_at(
+        home: Box<dyn Home>,
+        config: &Config,
+        transport: Arc<dyn Transport>,
+        clock: impl Fn() -> Timestamp + Send + 'static,
+    ) -> Result<Self, DiskError> {
         let mut seed = [0_u8; 8];
         seed.copy_from_slice(&config.owner.node.as_bytes()[..8]);
         let settings = Settings {
@@ -149,7 +162,7 @@ impl Host {
             compact_bytes: 8 * 1024 * 1024,
             kept_entries: 200,
         };
-        let (disk, groups) = Disk::open(&config.path, config.owner)?;
+        let (disk, groups) = home.open()?;
         let replica = Replica::new(settings.clone(), disk, groups)?;
         let (inputs, receiver) = sync_channel(INPUTS_MAX);
         let (batches, _) = broadcast::channel(WATCH_BACKLOG);
@@ -160,8 +173,7 @@ impl Host {
         let mut engine = Engine {
             replica,
             settings,
-            path: config.path.clone(),
-            owner: config.owner,
+            home,
             members: Vec::new(),
             lives: 0,
             full: full_sender,
@@ -530,8 +542,7 @@ impl Host {
 struct Engine {
     replica: Replica,
     settings: Settings,
-    path: PathBuf,
-    owner: Owner,
+    home: Box<dyn Home>,
     /// As told last.
     members: Vec<MemberInfo>,
     /// How often the catalog was opened again.
@@ -648,14 +659,12 @@ impl Engine {
                     Ok(Input::HandOver(reply)) => {
                         let _ = reply.send(0);
                     }
-                    Ok(Input::Bootstrap(_, reply)) => {
-                        let _ = reply.send(Err(DiskError::Full(self.path.clone())));
-                    }
-                    Ok(Input::Frame(..) | Input::Read(..)) => {}
+                    // Whoever waits learns that it is in vain.
+                    Ok(Input::Frame(..) | Input::Read(..) | Input::Bootstrap(..)) => {}
                     Err(RecvTimeoutError::Timeout) => break,
                 }
             }
-            if Disk::has_room(&self.path)? {
+            if self.home.has_room()? {
                 match self.open_again() {
                     Err(DiskError::Full(_)) => {}
                     Err(error) => return Err(error),
@@ -670,7 +679,7 @@ impl Engine {
 
     fn open_again(&mut self) -> Result<(), DiskError> {
         self.lives += 1;
-        let (disk, groups) = Disk::open(&self.path, self.owner)?;
+        let (disk, groups) = self.home.open()?;
         let mut settings = self.settings.clone();
         // Read contexts are never used twice.
         settings.boot_nonce ^= self.lives << 48;
@@ -748,5 +757,106 @@ impl Engine {
         self.status
             .send_if_modified(|known| self.replica.update_status(known));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use bytes::Bytes;
+    use krake_model::ids::FederationId;
+
+    use super::*;
+    use crate::command::{Expect, Operation};
+    use crate::disk::{Disk, create_in, has_room};
+    use crate::log::GroupLog;
+    use crate::medium::memory::MemoryDirectory;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    struct Alone;
+
+    #[async_trait]
+    impl Transport for Alone {
+        fn send(&self, _: NodeId, _: Vec<u8>) -> bool {
+            false
+        }
+
+        async fn call(&self, _: NodeId, _: Vec<u8>, _: Duration) -> Result<Vec<u8>, String> {
+            Err("there is nobody else".to_owned())
+        }
+    }
+
+    struct InMemory(Arc<MemoryDirectory>, Owner);
+
+    impl Home for InMemory {
+        fn open(&self) -> Result<(Disk, Vec<(GroupId, GroupLog)>), DiskError> {
+            Disk::open_in(Box::new(Arc::clone(&self.0)), Path::new("memory"), self.1)
+        }
+
+        fn has_room(&self) -> Result<bool, DiskError> {
+            has_room(&*self.0, Path::new("memory"))
+        }
+    }
+
+    fn write(key: &str) -> Command {
+        Command::new(vec![Operation::Put {
+            key: key.to_owned(),
+            value: Bytes::from(vec![7; 100_000]),
+            expect: Expect::Any,
+        }])
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_full_disk_makes_the_node_read_only_until_there_is_room() {
+        let owner = Owner {
+            federation: FederationId::from_bytes([1; 32]),
+            node: NodeId::from_bytes([2; 32]),
+        };
+        let directory = Arc::<MemoryDirectory>::default();
+        create_in(&*directory, owner).ok().unwrap();
+        let config = Config::new(owner, 1, PathBuf::new(), 1);
+        let home = Box::new(InMemory(Arc::clone(&directory), owner));
+        let clock = || Timestamp::from_millis(1);
+        let host = Host::start_at(home, &config, Arc::new(Alone), clock).unwrap();
+        let meta = GroupId::META;
+        host.set_members(vec![MemberInfo {
+            replica: 1,
+            node: owner.node,
+            operator: String::new(),
+            grid_zone: String::new(),
+            country: String::new(),
+            alive: true,
+        }])
+        .await;
+        host.bootstrap(vec![meta]).await.unwrap();
+        host.propose(meta, write("before"), LIMIT).await.unwrap();
+
+        directory.limit_room(Some(1_500_000));
+        let mut number = 0;
+        let error = loop {
+            number += 1;
+            let short = Duration::from_secs(2);
+            match host.propose(meta, write(&number.to_string()), short).await {
+                Ok(_) => assert!(number < 100, "there was no room for long"),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, ProposeError::DiskFull), "{error}");
+        assert!(host.is_full() && host.failure().is_none());
+        assert!(!host.leads(meta));
+        assert!(host.get(meta, "before").is_some(), "stale reads go on");
+        let read = host.read_barrier(&[meta], LIMIT).await;
+        assert!(matches!(read, Err(ReadError::DiskFull)), "{read:?}");
+
+        directory.limit_room(None);
+        host.propose(meta, write("after"), LIMIT).await.unwrap();
+        assert!(!host.is_full());
+        host.read_barrier(&[meta], LIMIT).await.unwrap();
+        for key in ["before", "1", "after"] {
+            assert!(host.get(meta, key).is_some(), "{key} is lost");
+        }
+        host.stop().await;
     }
 }

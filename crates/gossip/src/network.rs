@@ -51,7 +51,7 @@ const OUTSIDER_TIME: Duration = Duration::from_secs(30);
 const JOIN_ANSWER_TIME: Duration = Duration::from_secs(1);
 /// A dial does not take longer: two nodes that dial each other at once have two connections that
 /// are made within this time.
-const DIAL_TIME: Duration = Duration::from_secs(15);
+const DIAL_TIME: Duration = Duration::from_secs(6);
 /// A connection on which a ping is not answered for this long is closed.
 const PING_TIME: Duration = Duration::from_secs(4);
 /// When the care task was away for longer, this node was paused, and what it did not hear says

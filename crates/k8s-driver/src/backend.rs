@@ -11,8 +11,7 @@ use futures::stream::{self, StreamExt};
 use krake_driver::{Backend, BackendError, Code, Deletion, Inventory, Observed, Phase, Workload};
 use krake_model::{AppKey, AppUid, Epoch};
 use kube::api::{
-    Api, DeleteParams, DynamicObject, GetParams, ListParams, Patch, PatchParams, PostParams,
-    Preconditions,
+    Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
 };
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::ApiResource;
@@ -360,10 +359,10 @@ impl Inner {
             found => found?,
         };
         let api = self.api(&resource, namespaced.then_some(namespace));
-        // From the API server's cache: a moment old at most, and cheap for the cluster.
+        // Not from the API server's cache: an object that is not in it yet may be there, and would
+        // be taken over.
         let what = object.to_string();
-        let params = GetParams::any();
-        let found = call_unless(404, &what, api.get_with(&object.name, &params)).await?;
+        let found = call_unless(404, &what, api.get(&object.name)).await?;
         let Some(found) = found else {
             return Ok(());
         };

@@ -28,8 +28,10 @@ use tracing::{info, warn};
 
 use crate::catalog::PATIENCE;
 use crate::config::Config;
+use crate::consensus;
 use crate::datadir::Identity;
 use crate::federation::{Federation, now};
+use crate::limits::{self, Limits};
 use crate::owner::controller::Owner;
 use crate::owner::plan::{Sight, World};
 use crate::records::{self, PlacementStatus, TokenRecord, TokenState};
@@ -68,6 +70,7 @@ impl std::fmt::Debug for ApiParts {
 struct Shared {
     parts: ApiParts,
     faults: bool,
+    limits: Limits,
     blocked: Mutex<std::collections::BTreeSet<krake_model::NodeId>>,
 }
 
@@ -120,6 +123,13 @@ impl IntoResponse for ProblemJson {
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/problem+json"),
         );
+        // RFC 9110, 10.2.3.
+        if self.status == StatusCode::SERVICE_UNAVAILABLE
+            || self.status == StatusCode::TOO_MANY_REQUESTS
+        {
+            let seconds = HeaderValue::from_static("1");
+            response.headers_mut().insert(header::RETRY_AFTER, seconds);
+        }
         response
     }
 }
@@ -143,6 +153,7 @@ impl Api {
         let shared = Arc::new(Shared {
             parts,
             faults: config.testnet.fault_injection,
+            limits: Limits::default(),
             blocked: Mutex::default(),
         });
         let stop = CancellationToken::new();
@@ -191,6 +202,13 @@ impl Api {
     }
 }
 
+async fn metrics(State(shared): State<Context_>) -> Response {
+    match crate::metrics::text(&shared.parts.federation, shared.parts.owner.owned()) {
+        Ok(text) => ([(header::CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
+}
+
 fn router(shared: &Context_, way: Way) -> Router {
     let mut protected = Router::new()
         .route("/v1/status", get(status))
@@ -198,6 +216,12 @@ fn router(shared: &Context_, way: Way) -> Router {
         .route("/v1/why/{namespace}/{app}", get(why))
         .route("/v1/tokens", get(list_tokens).post(create_token))
         .route("/v1/tokens/{id}", delete(revoke_token))
+        .route("/v1/consensus", get(consensus_groups))
+        .route("/v1/consensus/peers", get(consensus_peers))
+        .route(
+            "/v1/consensus/groups/{group}/transfer",
+            post(consensus_transfer),
+        )
         .route("/metrics", get(metrics));
     if way == Way::Socket {
         protected = protected
@@ -206,6 +230,10 @@ fn router(shared: &Context_, way: Way) -> Router {
     }
     let protected = protected
         .fallback(kinds)
+        .layer(middleware::from_fn_with_state(
+            shared.limits.clone(),
+            limits::limit,
+        ))
         .layer(middleware::from_fn_with_state(
             (Arc::clone(shared), way),
             authorize,
@@ -247,7 +275,7 @@ async fn authorize(
         let error = krake_kube_api::ApiError::unavailable(
             "this node does not have the federation's state yet; try again",
         );
-        return krake_kube_api::service::respond(error.code, &error.to_status()).into_response();
+        return krake_kube_api::service::failure(&error);
     };
     // Comparing hashes takes no time that tells anything about the token.
     if blake3::Hash::from_hex(&hash).is_ok_and(|hash| hash == blake3::hash(token.as_bytes())) {
@@ -308,6 +336,38 @@ async fn readyz(State(shared): State<Context_>) -> Response {
     }
 }
 
+impl From<consensus::Problem> for ProblemJson {
+    fn from(problem: consensus::Problem) -> Self {
+        Self::new(problem.status, problem.code, problem.detail)
+    }
+}
+
+async fn consensus_groups(State(shared): State<Context_>) -> Answer {
+    Ok(Json(consensus::groups(&shared.parts.federation).await?))
+}
+
+async fn consensus_peers(State(shared): State<Context_>) -> Answer {
+    Ok(Json(consensus::peers(&shared.parts.federation).await?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TransferRequest {
+    /// The site whose node should lead.
+    to: String,
+}
+
+async fn consensus_transfer(
+    State(shared): State<Context_>,
+    Path(group): Path<String>,
+    request: Request,
+) -> Answer {
+    let TransferRequest { to } = body_of(request).await?;
+    let answer = consensus::transfer(&shared.parts.federation, &group, &to).await?;
+    info!(group, to, "an operator had leadership handed over");
+    Ok(Json(answer))
+}
+
 async fn status(State(shared): State<Context_>) -> Answer {
     let federation = &shared.parts.federation;
     let members = federation.catalog.members();
@@ -344,11 +404,7 @@ async fn status(State(shared): State<Context_>) -> Answer {
     let sites: Vec<Value> = members
         .iter()
         .map(|member| {
-            let state = match moment.sight(&member.node, federation.lost_after) {
-                Sight::Alive => "Alive",
-                Sight::Suspect => "Suspect",
-                Sight::Lost => "Lost",
-            };
+            let state = moment.sight(&member.node, federation.lost_after).name();
             json!({"name": member.site.name, "node": member.node, "state": state, "addresses": member.addresses})
         })
         .collect();
@@ -659,93 +715,4 @@ async fn metric(State(shared): State<Context_>, request: Request) -> Answer {
         .reporter
         .set_metric(&request.name, request.value);
     Ok(Json(json!({"name": request.name, "value": request.value})))
-}
-
-/// `OpenMetrics` text.
-async fn metrics(State(shared): State<Context_>) -> Response {
-    use prometheus_client::encoding::text::encode;
-    use prometheus_client::metrics::counter::Counter;
-    use prometheus_client::metrics::gauge::Gauge;
-    use prometheus_client::registry::Registry;
-    use std::sync::atomic::Ordering;
-    let federation = &shared.parts.federation;
-    let mut registry = Registry::with_prefix("krake");
-    let mut gauge = |name: &str, help: &str, value: usize| {
-        let gauge: Gauge = Gauge::default();
-        gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
-        registry.register(name, help, gauge);
-    };
-    let groups = federation.catalog.host.status().borrow().clone();
-    gauge("groups", "Groups with a replica here", groups.len());
-    let led = groups.values().filter(|group| group.leads).count();
-    gauge("groups_led", "Groups this node leads", led);
-    let leaderless = groups
-        .values()
-        .filter(|group| group.leader.is_none())
-        .count();
-    gauge(
-        "groups_without_leader",
-        "Groups whose leader is not known here",
-        leaderless,
-    );
-    gauge(
-        "apps_owned",
-        "Applications this node decides about",
-        shared.parts.owner.owned(),
-    );
-    gauge(
-        "members",
-        "Members of the federation",
-        federation.catalog.members().len(),
-    );
-    let connected = federation.network.connected().borrow().len();
-    gauge(
-        "peers_connected",
-        "Members with a connection now",
-        connected,
-    );
-    gauge(
-        "peers_silent",
-        "Members not heard of lately",
-        federation.network.unheard().len(),
-    );
-    gauge(
-        "disk_full",
-        "1 while there is no room for the catalog and this node is read-only",
-        usize::from(federation.catalog.host.is_full()),
-    );
-    let bytes: u64 = groups
-        .keys()
-        .map(|group| federation.catalog.host.size(*group).1)
-        .sum();
-    gauge("catalog_bytes", "Bytes the catalog holds", bytes as usize);
-    let traffic = federation.network.traffic();
-    for (name, help, counted) in [
-        (
-            "frames",
-            "Consensus frames from other nodes",
-            &traffic.frames,
-        ),
-        (
-            "questions",
-            "Questions and pings from other nodes",
-            &traffic.questions,
-        ),
-        ("reports", "Reports over gossip", &traffic.reports),
-        (
-            "connections",
-            "Connections made with other nodes",
-            &traffic.connections,
-        ),
-    ] {
-        let counter: Counter = Counter::default();
-        counter.inc_by(counted.load(Ordering::Relaxed));
-        registry.register(name, help, counter);
-    }
-    let mut text = String::new();
-    if let Err(error) = encode(&mut text, &registry) {
-        return (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response();
-    }
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }

@@ -154,11 +154,7 @@ impl Federation {
     }
 
     fn state_of(&self, node: &NodeId) -> &'static str {
-        match sight(&self.network.opinions(), node, self.lost_after) {
-            Sight::Alive => "Alive",
-            Sight::Suspect => "Suspect",
-            Sight::Lost => "Lost",
-        }
+        sight(&self.network.opinions(), node, self.lost_after).name()
     }
 
     fn add_site(&self, object: &mut Value) {

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use krake_model::ids::{GroupId, NodeId};
 use krake_model::revision::Revision;
@@ -11,6 +12,7 @@ use tracing::{debug, error, info, warn};
 use crate::disk::{Change as LogChange, Write};
 use crate::gate;
 use crate::group::Group;
+use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::log::{GroupLog, HardState};
 use crate::machine::Change;
 use crate::voters::MemberInfo;
@@ -43,6 +45,7 @@ pub(crate) struct Settings {
     pub(crate) compact_bytes: usize,
     /// Entries kept before a snapshot, for replicas that are a little behind.
     pub(crate) kept_entries: u64,
+    pub(crate) counters: Arc<Counters>,
 }
 
 /// Changes of one group, in commit order.
@@ -257,7 +260,8 @@ impl Core {
             last,
         );
         if let Err(reason) = admitted {
-            warn!(group = %id, sender, kind = ?message.kind, %reason, "a Raft message was refused");
+            Counters::add(&self.settings.counters.refused, 1);
+            warn!(group = %id, term = group.raw.raft.term, index = last, sender, kind = ?message.kind, %reason, "a Raft message was refused");
             return;
         }
         let settings = &self.settings;
@@ -330,6 +334,21 @@ impl Core {
             }
         }
         led
+    }
+
+    /// Hands leadership of a group that is led here to the voter `to`. `Ok(true)`: it is begun;
+    /// `Ok(false)`: it leads already. `Err(None)`: another one leads, or nobody.
+    pub(crate) fn transfer(&mut self, id: GroupId, to: u64) -> Result<bool, Option<TransferError>> {
+        let own = self.settings.replica;
+        let Some(group) = self.groups.get_mut(&id) else {
+            return Err(Some(TransferError::UnknownGroup { group: id }));
+        };
+        group.transfer_to(to, own)
+    }
+
+    /// All groups in full.
+    pub(crate) fn details(&self) -> Vec<GroupDetail> {
+        self.groups.values().map(Group::detail).collect()
     }
 
     /// Takes the first half of a round from all groups with something to do.
@@ -419,7 +438,8 @@ impl Core {
             {
                 // Whether it arrives shows in the next answer; without this no other is sent.
                 group.raw.report_snapshot(to, raft::SnapshotStatus::Finish);
-                info!(group = %group.id, to, bytes = size, "snapshot sent");
+                Counters::add(&self.settings.counters.snapshots_sent, 1);
+                info!(group = %group.id, term = message.term, index = message.snapshot.as_ref().map_or(0, |s| s.index), to, bytes = size, "snapshot sent");
             }
             let slot = open.entry(to).or_default();
             let full = slot.0 + size > FRAME_BYTES || slot.1.len() >= FRAME_MESSAGES_MAX;
@@ -466,15 +486,16 @@ impl Core {
             });
             if !same {
                 changed = true;
-                let status = GroupStatus {
-                    group: group.id,
-                    leader: group.leader(),
-                    leads: group.leads(),
-                    term: group.raw.raft.term,
-                    voters: group.voters(),
-                    learners: group.learners(),
-                };
-                known.insert(group.id, status);
+                let counters = &self.settings.counters;
+                let old = known.insert(group.id, group.status());
+                let (term, leader) = old.map_or((0, None), |old| (old.term, old.leader));
+                if group.raw.raft.term > term {
+                    Counters::add(&counters.terms, group.raw.raft.term - term);
+                }
+                if leader != group.leader() {
+                    Counters::add(&counters.leader_changes, 1);
+                    debug!(group = %group.id, term = group.raw.raft.term, index = group.raw.raft.raft_log.committed, leader = ?group.leader(), "another leader");
+                }
                 self.shown.insert(group.id, group.configuration_number);
             }
         }

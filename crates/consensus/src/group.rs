@@ -14,8 +14,9 @@ use tokio::sync::oneshot;
 use tracing::{error, warn};
 
 use crate::command::{Command, Committed, ProposeError, RequestId};
-use crate::core::{Batch, Settings};
+use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{Change as LogChange, Write};
+use crate::inspect::{Counters, GroupDetail, PeerProgress, TransferError};
 use crate::log::{GroupLog, HardState};
 use crate::machine::{Answer, LogEntry, Machine};
 use crate::planted::{self, Bug};
@@ -173,6 +174,41 @@ impl Group {
             .iter()
             .copied()
             .collect()
+    }
+
+    pub(crate) fn status(&self) -> GroupStatus {
+        GroupStatus {
+            group: self.id,
+            leader: self.leader(),
+            leads: self.leads(),
+            term: self.raw.raft.term,
+            voters: self.voters(),
+            learners: self.learners(),
+        }
+    }
+
+    pub(crate) fn detail(&self) -> GroupDetail {
+        let raft = &self.raw.raft;
+        let peers = raft.prs().iter().filter(|(id, _)| **id != raft.id);
+        GroupDetail {
+            status: self.status(),
+            commit: raft.raft_log.committed,
+            applied: self.machine.read().applied,
+            last: raft.raft_log.last_index(),
+            snapshot: self.raw.store().snapshot_index(),
+            log_bytes: self.raw.store().bytes(),
+            peers: if self.is_leader() {
+                peers
+                    .map(|(id, progress)| PeerProgress {
+                        replica: *id,
+                        matched: progress.matched,
+                        active: progress.recent_active,
+                    })
+                    .collect()
+            } else {
+                Vec::new()
+            },
+        }
     }
 
     /// Whether this replica only follows and has the whole log: its answers decide nothing.
@@ -458,6 +494,7 @@ impl Group {
         if let Some(mut ready) = self.ready.take() {
             send(ready.take_persisted_messages(), out);
             if !ready.snapshot().is_empty() {
+                Counters::add(&settings.counters.snapshots_installed, 1);
                 self.install(ready.snapshot(), batches);
                 installed = Some(ready.snapshot().get_metadata().index);
                 committed.clear();
@@ -477,6 +514,7 @@ impl Group {
             self.dirty = true;
         }
         let last = committed.last().map(|entry| entry.index).or(installed);
+        Counters::add(&settings.counters.applied, committed.len() as u64);
         for entry in committed {
             self.apply(entry, batches);
         }
@@ -667,6 +705,28 @@ impl Group {
             tracing::debug!(group = %self.id, ?change, %error, "a membership change waits");
         }
         self.dirty = true;
+    }
+
+    /// Hands leadership to the voter `to`, as an operator wishes: one that is a little behind gets
+    /// what it lacks first (Ongaro 2014, §3.10). See [`crate::core::Core::transfer`].
+    pub(crate) fn transfer_to(&mut self, to: u64, own: u64) -> Result<bool, Option<TransferError>> {
+        if !self.is_leader() {
+            return Err(None);
+        }
+        if to == own {
+            return Ok(false);
+        }
+        let group = self.id;
+        if !self.voters().contains(&to) {
+            return Err(Some(TransferError::NotVoter { group, to }));
+        }
+        let progress = self.raw.raft.prs().get(to);
+        if !progress.is_some_and(|progress| progress.recent_active) {
+            return Err(Some(TransferError::Silent { group, to }));
+        }
+        self.raw.transfer_leader(to);
+        self.dirty = true;
+        Ok(true)
     }
 
     /// Hands leadership to a voter that has the whole log; `false` when there is none.

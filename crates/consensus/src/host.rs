@@ -19,6 +19,7 @@ use crate::command::{Command, Committed, ProposeError, ReadError};
 use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{DiskError, Home, RealHome};
 use crate::group::{Group, Outcome};
+use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::machine::{Entry, Machine};
 use crate::replica::{Effects, Replica};
 use crate::voters::MemberInfo;
@@ -94,8 +95,13 @@ enum Input {
     Members(Vec<MemberInfo>),
     Bootstrap(Vec<GroupId>, oneshot::Sender<Result<(), DiskError>>),
     HandOver(oneshot::Sender<usize>),
+    Transfer(GroupId, u64, oneshot::Sender<TransferStart>),
+    Look(oneshot::Sender<Vec<GroupDetail>>),
     Stop,
 }
+
+/// Begun, done already, refused; or (`Err(None)`) this node does not lead the group.
+type TransferStart = Result<bool, Option<TransferError>>;
 
 type Machines = Arc<RwLock<BTreeMap<GroupId, Arc<RwLock<Machine>>>>>;
 
@@ -108,6 +114,7 @@ struct Shared {
     failure: watch::Receiver<Option<String>>,
     full: watch::Receiver<bool>,
     transport: Arc<dyn Transport>,
+    counters: Arc<Counters>,
     replica: u64,
 }
 
@@ -161,7 +168,9 @@ impl Host {
             compact_entries: config.compact_entries,
             compact_bytes: 8 * 1024 * 1024,
             kept_entries: 200,
+            counters: Arc::default(),
         };
+        let counters = Arc::clone(&settings.counters);
         let (disk, groups) = home.open()?;
         let replica = Replica::new(settings.clone(), disk, groups)?;
         let (inputs, receiver) = sync_channel(INPUTS_MAX);
@@ -182,6 +191,8 @@ impl Host {
                 transport: Arc::clone(&transport),
                 machines: Arc::clone(&machines),
                 batches: batches.clone(),
+                counters: Arc::clone(&counters),
+                writing_since: Instant::now(),
             },
             status: status_sender,
             clock: Box::new(clock),
@@ -210,6 +221,7 @@ impl Host {
                 failure,
                 full,
                 transport,
+                counters,
                 replica: config.replica,
             }),
             thread: Arc::new(parking_lot::Mutex::new(Some(thread))),
@@ -267,23 +279,142 @@ impl Host {
     /// # Errors
     /// When the question is not readable.
     pub async fn handle_call(&self, bytes: &[u8]) -> Result<Vec<u8>, String> {
-        let Call::Propose {
-            group,
-            command,
-            patience,
-        } = Call::decode(bytes).map_err(|error| error.to_string())?;
-        let reply = match command.validate() {
-            Err(error) => CallReply::Proposed(Err(error)),
-            Ok(()) => {
+        let reply = match Call::decode(bytes).map_err(|error| error.to_string())? {
+            Call::Propose {
+                group,
+                command,
+                patience,
+            } => {
                 let patience = Duration::from_millis(u64::from(patience.min(60_000)));
-                match tokio::time::timeout(patience, self.attempt(group, command)).await {
-                    Err(_) => CallReply::Proposed(Err(ProposeError::Timeout { group })),
-                    Ok(Outcome::Done(result)) => CallReply::Proposed(result),
-                    Ok(Outcome::NotLeader(leader)) => CallReply::NotLeader(leader),
-                }
+                self.handle_propose(group, command, patience).await
             }
+            Call::Transfer { group, to } => match self.begin_transfer(group, to).await {
+                Ok(begun) => CallReply::Transferred(Ok(begun)),
+                Err(Some(error)) => CallReply::Transferred(Err(error)),
+                Err(None) => CallReply::NotLeader(self.leader_of(group)),
+            },
         };
         reply.encode().map_err(|error| error.to_string())
+    }
+
+    async fn handle_propose(
+        &self,
+        group: GroupId,
+        command: Command,
+        patience: Duration,
+    ) -> CallReply {
+        if let Err(error) = command.validate() {
+            return CallReply::Proposed(Err(error));
+        }
+        match tokio::time::timeout(patience, self.attempt(group, command)).await {
+            Err(_) => CallReply::Proposed(Err(ProposeError::Timeout { group })),
+            Ok(Outcome::Done(result)) => CallReply::Proposed(result),
+            Ok(Outcome::NotLeader(leader)) => CallReply::NotLeader(leader),
+        }
+    }
+
+    fn leader_of(&self, group: GroupId) -> Option<u64> {
+        let status = self.shared.status.borrow();
+        status.get(&group).and_then(|status| status.leader)
+    }
+
+    async fn begin_transfer(&self, group: GroupId, to: u64) -> TransferStart {
+        let (reply, answer) = oneshot::channel();
+        if !self.input(Input::Transfer(group, to, reply)).await {
+            return Err(Some(TransferError::Stopped));
+        }
+        answer.await.unwrap_or(Err(None))
+    }
+
+    /// Hands leadership of `group` to the voter `to`, wherever it is led, and waits until this
+    /// node sees it there. `false`: it leads already. Dropping the future takes nothing back.
+    ///
+    /// # Errors
+    /// See [`TransferError`].
+    pub async fn transfer(
+        &self,
+        group: GroupId,
+        to: u64,
+        timeout: Duration,
+    ) -> Result<bool, TransferError> {
+        let deadline = tokio::time::Instant::now() + timeout;
+        let mut status = self.status();
+        let mut begun = false;
+        loop {
+            let leader = {
+                let known = status.borrow_and_update();
+                let Some(known) = known.get(&group) else {
+                    return Err(TransferError::UnknownGroup { group });
+                };
+                known.leader
+            };
+            if leader == Some(to) {
+                return Ok(begun);
+            }
+            if let Some(leader) = leader.filter(|_| !begun) {
+                match self.ask_transfer(group, to, leader, deadline).await {
+                    Ok(true) => begun = true,
+                    Ok(false) => return Ok(false),
+                    Err(Some(error)) => return Err(error),
+                    // Leadership moved meanwhile: ask whoever has it next.
+                    Err(None) => {}
+                }
+            }
+            let again = deadline.min(tokio::time::Instant::now() + RETRY_PAUSE_MAX);
+            if let Ok(Err(_)) = tokio::time::timeout_at(again, status.changed()).await {
+                return Err(TransferError::Stopped);
+            }
+            if tokio::time::Instant::now() >= deadline {
+                return Err(if begun {
+                    TransferError::Timeout { group, to }
+                } else {
+                    TransferError::NoLeader { group }
+                });
+            }
+        }
+    }
+
+    async fn ask_transfer(
+        &self,
+        group: GroupId,
+        to: u64,
+        leader: u64,
+        deadline: tokio::time::Instant,
+    ) -> TransferStart {
+        if leader == self.shared.replica {
+            return self.begin_transfer(group, to).await;
+        }
+        let node = self.node_of(leader).ok_or(None)?;
+        let bytes = Call::Transfer { group, to }.encode().map_err(|_| None)?;
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+        match self.shared.transport.call(node, bytes, left).await {
+            Err(reason) => {
+                debug!(%node, reason, "the leader did not answer");
+                Err(None)
+            }
+            Ok(bytes) => match CallReply::decode(&bytes) {
+                Ok(CallReply::Transferred(result)) => result.map_err(Some),
+                _ => Err(None),
+            },
+        }
+    }
+
+    /// All groups in full, as this node has them now; `None` when the host has stopped, is out of
+    /// room, or does not answer within `timeout`.
+    pub async fn details(&self, timeout: Duration) -> Option<Vec<GroupDetail>> {
+        let (reply, answer) = oneshot::channel();
+        let looked = async {
+            if !self.input(Input::Look(reply)).await {
+                return None;
+            }
+            answer.await.ok()
+        };
+        tokio::time::timeout(timeout, looked).await.ok().flatten()
+    }
+
+    /// What was counted since the start.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
     }
 
     async fn attempt(&self, group: GroupId, command: Command) -> Outcome {
@@ -351,10 +482,7 @@ impl Host {
         hint: Option<u64>,
         left: Duration,
     ) -> Outcome {
-        let leader = hint.or_else(|| {
-            let status = self.shared.status.borrow();
-            status.get(&group).and_then(|status| status.leader)
-        });
+        let leader = hint.or_else(|| self.leader_of(group));
         let Some(leader) = leader.filter(|id| *id != self.shared.replica) else {
             return self.attempt(group, command.clone()).await;
         };
@@ -380,6 +508,7 @@ impl Host {
             Ok(bytes) => match CallReply::decode(&bytes) {
                 Ok(CallReply::Proposed(result)) => Outcome::Done(result),
                 Ok(CallReply::NotLeader(leader)) => Outcome::NotLeader(leader),
+                Ok(CallReply::Transferred(_)) => Outcome::NotLeader(None),
                 Err(error) => Outcome::Done(Err(ProposeError::Invalid(error.to_string()))),
             },
         }
@@ -560,6 +689,8 @@ struct Output {
     transport: Arc<dyn Transport>,
     machines: Machines,
     batches: broadcast::Sender<Batch>,
+    counters: Arc<Counters>,
+    writing_since: Instant,
 }
 
 impl Output {
@@ -581,6 +712,16 @@ impl Output {
 }
 
 impl Effects for Output {
+    fn writing(&mut self) {
+        self.writing_since = Instant::now();
+    }
+
+    fn written(&mut self) {
+        let took = self.writing_since.elapsed();
+        Counters::add(&self.counters.writes, 1);
+        Counters::add(&self.counters.write_micros, took.as_micros() as u64);
+    }
+
     fn send(&mut self, to: NodeId, frame: &Frame) -> bool {
         match frame.encode() {
             Ok(bytes) => self.transport.send(to, bytes),
@@ -659,8 +800,13 @@ impl Engine {
                     Ok(Input::HandOver(reply)) => {
                         let _ = reply.send(0);
                     }
+                    Ok(Input::Transfer(_, _, reply)) => {
+                        let _ = reply.send(Err(None));
+                    }
                     // Whoever waits learns that it is in vain.
-                    Ok(Input::Frame(..) | Input::Read(..) | Input::Bootstrap(..)) => {}
+                    Ok(
+                        Input::Frame(..) | Input::Read(..) | Input::Look(..) | Input::Bootstrap(..),
+                    ) => {}
                     Err(RecvTimeoutError::Timeout) => break,
                 }
             }
@@ -746,6 +892,12 @@ impl Engine {
             }
             Input::HandOver(reply) => {
                 let _ = reply.send(self.replica.hand_over());
+            }
+            Input::Transfer(group, to, reply) => {
+                let _ = reply.send(self.replica.transfer(group, to));
+            }
+            Input::Look(reply) => {
+                let _ = reply.send(self.replica.details());
             }
             Input::Stop => return Ok(false),
         }

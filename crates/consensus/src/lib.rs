@@ -12,6 +12,7 @@ mod frame;
 mod gate;
 mod group;
 mod host;
+mod inspect;
 mod log;
 mod machine;
 mod medium;
@@ -29,6 +30,7 @@ pub use crate::command::{
 pub use crate::core::{Batch, GroupStatus};
 pub use crate::disk::{DiskError, create};
 pub use crate::host::{Config, Host, Transport};
+pub use crate::inspect::{Counters, GroupDetail, PeerProgress, TransferError};
 pub use crate::machine::{Change, Entry, GROUP_BYTES_MAX};
-pub use crate::voters::{MemberInfo, desired_voters, voter_count};
+pub use crate::voters::{MemberInfo, Rule, desired_voters, unmet_rule, voter_count};
 pub use crate::wal::Owner;

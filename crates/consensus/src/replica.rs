@@ -11,6 +11,7 @@ use crate::command::Command;
 use crate::core::{Batch, Core, GroupStatus, Settings};
 use crate::disk::{Disk, DiskError};
 use crate::group::{Group, Outcome};
+use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::log::GroupLog;
 use crate::voters::MemberInfo;
 use crate::wire::Frame;
@@ -19,6 +20,10 @@ use crate::wire::Frame;
 pub(crate) trait Effects {
     /// Sends a frame, best effort. `false`: it is known not to have left.
     fn send(&mut self, to: NodeId, frame: &Frame) -> bool;
+    /// A write to the disk begins,
+    fn writing(&mut self) {}
+    /// and is durable.
+    fn written(&mut self) {}
     /// Entries were applied; everything before the first call was applied already.
     fn applied(&mut self, groups: &BTreeMap<GroupId, Group>, batches: VecDeque<Batch>);
 }
@@ -56,6 +61,18 @@ impl Replica {
         self.core.hand_over()
     }
 
+    pub(crate) fn transfer(
+        &mut self,
+        group: GroupId,
+        to: u64,
+    ) -> Result<bool, Option<TransferError>> {
+        self.core.transfer(group, to)
+    }
+
+    pub(crate) fn details(&self) -> Vec<GroupDetail> {
+        self.core.details()
+    }
+
     pub(crate) fn propose(
         &mut self,
         group: GroupId,
@@ -63,6 +80,7 @@ impl Replica {
         reply: oneshot::Sender<Outcome>,
         now: Timestamp,
     ) {
+        Counters::add(&self.core.settings.counters.proposals, 1);
         match self.core.groups.get_mut(&group) {
             Some(group) => group.propose(command, reply, now),
             None => {
@@ -72,6 +90,7 @@ impl Replica {
     }
 
     pub(crate) fn read(&mut self, group: GroupId, reply: oneshot::Sender<()>) {
+        Counters::add(&self.core.settings.counters.reads, 1);
         if let Some(group) = self.core.groups.get_mut(&group) {
             group.read(reply);
         }
@@ -94,7 +113,9 @@ impl Replica {
             let round = self.core.collect();
             self.send(round.first, effects);
             if !round.writes.is_empty() {
+                effects.writing();
                 self.disk.write(round.writes)?;
+                effects.written();
             }
             let mut batches = VecDeque::new();
             let frames = self.core.complete(&mut batches);

@@ -32,7 +32,7 @@ pub const fn voter_count(members: usize) -> usize {
 }
 
 /// The voters `group` should have. Keeps the `current` ones that are alive, then takes what adds
-/// an operator, a grid zone, a country, in this order; ties by rendezvous hash (Thaler and
+/// an operator, a country, a grid zone, in this order; ties by rendezvous hash (Thaler and
 /// Ravishankar 1998), so that the groups spread over the members. A voter that is not alive is
 /// kept only while nobody alive could take its place.
 pub fn desired_voters(
@@ -55,8 +55,8 @@ pub fn desired_voters(
                     member.alive,
                     current.contains(&member.replica),
                     fresh(|m| &m.operator, member),
-                    fresh(|m| &m.grid_zone, member),
                     fresh(|m| &m.country, member),
+                    fresh(|m| &m.grid_zone, member),
                     weight(group, member.node),
                 )
             })
@@ -66,6 +66,36 @@ pub fn desired_voters(
         }
     }
     chosen.into_iter().map(|member| member.replica).collect()
+}
+
+/// What the voters of a group should differ in, the most important first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rule {
+    /// Who runs them.
+    Operator,
+    /// Whose law they are under.
+    Country,
+    /// Which power grid they hang on.
+    GridZone,
+}
+
+/// The most important rule that these voters do not meet: the loss of one operator, country or grid
+/// zone takes more than one of them. Where nothing is said, each counts as its own.
+pub fn unmet_rule<'a>(voters: impl Iterator<Item = &'a MemberInfo> + Clone) -> Option<Rule> {
+    let shared = |pick: fn(&MemberInfo) -> &str| {
+        let mut seen = BTreeSet::new();
+        voters
+            .clone()
+            .map(pick)
+            .any(|place| !place.is_empty() && !seen.insert(place))
+    };
+    if shared(|m| &m.operator) {
+        Some(Rule::Operator)
+    } else if shared(|m| &m.country) {
+        Some(Rule::Country)
+    } else {
+        shared(|m| &m.grid_zone).then_some(Rule::GridZone)
+    }
 }
 
 fn weight(group: GroupId, node: NodeId) -> u64 {
@@ -173,6 +203,26 @@ mod tests {
             used.extend(desired);
         }
         assert!(used.len() >= 10, "{used:?}");
+    }
+
+    #[test]
+    fn the_most_important_rule_that_is_not_met_is_named() {
+        let mut members = members(3);
+        assert_eq!(unmet_rule(members.values()), None);
+        for (replica, place) in [(1, "grid"), (2, "grid")] {
+            members.get_mut(&replica).unwrap().grid_zone = place.to_owned();
+        }
+        assert_eq!(unmet_rule(members.values()), Some(Rule::GridZone));
+        for replica in 1..=3 {
+            members.get_mut(&replica).unwrap().country = "DE".to_owned();
+        }
+        assert_eq!(unmet_rule(members.values()), Some(Rule::Country));
+        members.get_mut(&3).unwrap().operator = members[&1].operator.clone();
+        assert_eq!(unmet_rule(members.values()), Some(Rule::Operator));
+        for member in members.values_mut() {
+            (member.operator, member.country, member.grid_zone) = Default::default();
+        }
+        assert_eq!(unmet_rule(members.values()), None, "nothing is known");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use raft::eraftpb as pb;
 use serde::{Deserialize, Serialize};
 
 use crate::command::{Command, Committed, ProposeError};
+use crate::inspect::TransferError;
 
 const FRAME_VERSION: u8 = 1;
 const CALL_VERSION: u8 = 1;
@@ -45,6 +46,8 @@ pub(crate) enum Call {
         /// Milliseconds the asker still waits.
         patience: u32,
     },
+    /// Hand leadership to this replica.
+    Transfer { group: GroupId, to: u64 },
 }
 
 impl Call {
@@ -63,6 +66,8 @@ pub(crate) enum CallReply {
     Proposed(Result<Committed, ProposeError>),
     /// Ask this replica instead, or wait when there is none.
     NotLeader(Option<u64>),
+    /// Whether it was begun; `false`: it leads already.
+    Transferred(Result<bool, TransferError>),
 }
 
 impl CallReply {

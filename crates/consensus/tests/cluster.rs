@@ -3,10 +3,11 @@
 
 mod support;
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use krake_consensus::{Command, Expect, Host, Operation, ProposeError, RequestId};
+use krake_consensus::{Command, Expect, Host, Operation, ProposeError, RequestId, TransferError};
 use krake_model::ids::GroupId;
 use support::{Cluster, LIMIT, formed, groups, members, node};
 
@@ -148,4 +149,54 @@ async fn a_clean_stop_hands_leadership_over() {
     assert!(host.hand_over(LIMIT).await);
     let led = host.status().borrow().values().filter(|s| s.leads).count();
     assert_eq!(led, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_sees_every_group_and_hands_leadership_over_through_any_node() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 5).await;
+    let group = GroupId::of_shard(2);
+    hosts[0]
+        .propose(group, put("key", "value", Expect::Any), LIMIT)
+        .await
+        .unwrap();
+    let status = hosts[0].status();
+    let leader = status.borrow()[&group].leader.unwrap();
+    let to = leader % 5 + 1;
+    let asked = &hosts[(to % 5) as usize];
+    assert!(asked.transfer(group, to, LIMIT).await.unwrap());
+    assert_eq!(asked.status().borrow()[&group].leader, Some(to));
+
+    let there = &hosts[to as usize - 1];
+    let details = there.details(LIMIT).await.unwrap();
+    assert_eq!(details.len(), groups().len());
+    let detail = details.iter().find(|d| d.status.group == group).unwrap();
+    assert!(detail.applied > 0 && detail.commit <= detail.last);
+    assert_eq!(detail.peers.len(), 4, "the leader knows the others");
+    assert!(there.counters().writes.load(Ordering::Relaxed) > 0);
+
+    let wrong = asked.transfer(group, 77, LIMIT).await;
+    assert!(
+        matches!(wrong, Err(TransferError::NotVoter { to: 77, .. })),
+        "{wrong:?}"
+    );
+    let unknown = asked.transfer(GroupId::of_shard(9), to, LIMIT).await;
+    assert!(
+        matches!(unknown, Err(TransferError::UnknownGroup { .. })),
+        "{unknown:?}"
+    );
+    let gone = to % 5 + 1;
+    cluster.kill(gone).await;
+    let silent = loop {
+        let tried = there.transfer(group, gone, Duration::from_secs(1)).await;
+        match tried {
+            // Until the leader has missed it for an election timeout.
+            Err(TransferError::Timeout { .. }) => {}
+            other => break other,
+        }
+    };
+    assert!(
+        matches!(silent, Err(TransferError::Silent { .. })),
+        "{silent:?}"
+    );
 }

@@ -231,6 +231,11 @@ fn number(text: &str) -> Result<u64, ApiError> {
     })
 }
 
+/// Whether a query asks for a watch, whose answer does not end by itself.
+pub fn is_watch(query: Option<&str>) -> bool {
+    Query::parse(query).is_ok_and(|query| query.flag("watch"))
+}
+
 /// An answer with a JSON body.
 pub fn respond(code: u16, body: &Value) -> Response<Body> {
     let mut response = Response::new(Body::from(body.to_string()));
@@ -243,7 +248,8 @@ pub fn respond(code: u16, body: &Value) -> Response<Body> {
     response
 }
 
-fn failure(error: &ApiError) -> Response<Body> {
+/// An error as a `Status` object, with `Retry-After` where trying again may help (RFC 9110, 10.2.3).
+pub fn failure(error: &ApiError) -> Response<Body> {
     let mut response = respond(error.code, &error.to_status());
     if let Some(seconds) = error.retry_after {
         response

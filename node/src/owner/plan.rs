@@ -80,6 +80,17 @@ pub enum Sight {
     Lost,
 }
 
+impl Sight {
+    /// As shown to people and programs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Alive => "Alive",
+            Self::Suspect => "Suspect",
+            Self::Lost => "Lost",
+        }
+    }
+}
+
 /// What the owner sees of the federation.
 pub trait World {
     /// All sites as candidates for an app; `lost` is filled in by [`plan`].

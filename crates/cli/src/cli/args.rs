@@ -121,6 +121,9 @@ pub enum Command {
     /// Invite sites into the federation
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Look at the catalog's Raft groups, and move their leaders
+    #[command(subcommand)]
+    Consensus(ConsensusCommand),
     /// Show and change contexts
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -234,6 +237,40 @@ pub struct StatusArgs {
     /// How long to wait
     #[arg(long, default_value = "5m", value_parser = duration, requires = "wait", alias = "wait-duration", value_name = "TIME")]
     pub timeout: Duration,
+}
+
+/// Output of a table.
+#[derive(Debug, Args)]
+pub struct TableOutput {
+    /// Output format
+    #[arg(
+        short,
+        long,
+        default_value = "table",
+        env = "KRAKE_OUTPUT",
+        hide_env_values = true,
+        value_name = "table|json|yaml"
+    )]
+    pub output: Format,
+}
+
+/// What to do with the catalog's groups.
+#[derive(Debug, Subcommand)]
+pub enum ConsensusCommand {
+    /// Show each group: leader, term, log, voters; ends with 1 when one has no leader or no majority
+    Status(TableOutput),
+    /// Show each member as a replica: what it leads, votes in, and how far it is behind
+    Peers(TableOutput),
+    /// Hand leadership of a group to a site's node, and wait until it is there
+    ///
+    /// Any node can be asked. Leaders spread evenly: a node that leads two groups more than
+    /// another voter hands one on again after some seconds.
+    Transfer {
+        /// meta, or a shard such as shard-3 or 3
+        group: String,
+        /// Name of the site; its node must vote in the group
+        site: String,
+    },
 }
 
 /// Arguments of `plan`.

@@ -3,6 +3,7 @@
 mod apply;
 mod args;
 mod compat;
+mod consensus;
 mod decision;
 mod delete;
 mod describe;
@@ -122,6 +123,7 @@ async fn run(cli: &Cli, ui: Ui) -> Outcome {
         Command::Delete(arguments) => delete::run(session, arguments).await,
         Command::Wait(arguments) => wait::run(session, arguments).await,
         Command::Site(command) => manage::site(session, command).await,
+        Command::Consensus(command) => consensus::run(session, command).await,
         Command::Token(command) => manage::token(session, command).await,
         Command::Kube(command) => compat::kube(session, command).await,
         Command::Version { .. } => manage::version(session).await,

@@ -214,6 +214,101 @@ pub struct GroupStatus {
     pub learners: Vec<String>,
 }
 
+/// The answer of `/v1/consensus`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConsensusStatus {
+    /// The site whose view this is.
+    pub served_by: String,
+    /// The groups of the catalog.
+    pub groups: Vec<ConsensusGroup>,
+}
+
+/// One Raft group as a node sees it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConsensusGroup {
+    /// `meta` or a shard.
+    pub group: String,
+    /// The site that leads it.
+    pub leader: Option<String>,
+    /// Its Raft term.
+    pub term: u64,
+    /// Index of the last entry known committed.
+    pub commit: u64,
+    /// Index of the last entry applied at the node that answers.
+    pub applied: u64,
+    /// Index of the last entry in its log.
+    pub last: u64,
+    /// Index up to which its snapshot reaches.
+    pub snapshot: u64,
+    /// Keys.
+    pub entries: u64,
+    /// Bytes of keys and values.
+    pub bytes: u64,
+    /// Sites that vote.
+    pub voters: Vec<String>,
+    /// Sites that only follow.
+    pub learners: Vec<String>,
+    /// Whether a majority of the voters is alive.
+    pub quorum: bool,
+    /// The most important of `operator`, `country`, `gridZone` that voters share.
+    pub unmet_rule: Option<String>,
+}
+
+/// The answer of `/v1/consensus/peers`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConsensusPeers {
+    /// The site whose view this is.
+    pub served_by: String,
+    /// The members.
+    pub peers: Vec<ConsensusPeer>,
+}
+
+/// A member as a replica.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConsensusPeer {
+    /// Its site.
+    pub site: String,
+    /// Its node.
+    pub node: String,
+    /// Its replica id in every group.
+    pub replica: u64,
+    /// `Alive`, `Suspect` or `Lost`.
+    pub state: String,
+    /// Whether the node that answers is connected with it.
+    pub connected: bool,
+    /// Groups it leads.
+    pub leads: u64,
+    /// Groups it votes in.
+    pub votes: u64,
+    /// Groups it follows without a vote.
+    pub follows: u64,
+    /// Entries it lacks, at worst, in the groups that the node that answers leads.
+    pub behind: Option<u64>,
+    /// In which of them.
+    pub behind_in: Option<String>,
+    /// Round trip from the node that answers, in milliseconds.
+    pub rtt_millis: Option<f64>,
+}
+
+/// What came of a handover.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Transferred {
+    /// The group, as it is named everywhere.
+    pub group: String,
+    /// Who led it.
+    pub from: Option<String>,
+    /// Who leads it now.
+    pub to: String,
+    /// Whether anything had to be done.
+    pub moved: bool,
+    /// Milliseconds it took.
+    pub millis: u64,
+}
+
 /// An invitation that was just made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -410,6 +505,18 @@ impl Client {
     /// When no node answers, or one says no.
     pub async fn status(&self) -> Result<FederationStatus, ClientError> {
         self.send(&Request::get("/v1/status")).await?.json()
+    }
+
+    /// Hands leadership of a group to a site's node.
+    ///
+    /// # Errors
+    /// When no node answers, or one says why it did not get there.
+    pub async fn transfer(&self, group: &str, site: &str) -> Result<Transferred, ClientError> {
+        let path = format!("/v1/consensus/groups/{}/transfer", encode(group));
+        let body = json!({"to": site}).to_string();
+        let request = Request::write(Method::POST, path, "application/json", body);
+        // Asked again, it leads already.
+        self.send(&request.repeatable()).await?.json()
     }
 
     /// Makes an invitation for one new site.

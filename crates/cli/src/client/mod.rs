@@ -24,8 +24,9 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 pub use api::{
-    Applied, ApplyOptions, ApplyOutcome, CreatedToken, DecisionSummary, FIELD_MANAGER,
-    FederationName, FederationStatus, GroupStatus, Resource, SiteStatus, TokenInfo, Why, encode,
+    Applied, ApplyOptions, ApplyOutcome, ConsensusGroup, ConsensusPeer, ConsensusPeers,
+    ConsensusStatus, CreatedToken, DecisionSummary, FIELD_MANAGER, FederationName,
+    FederationStatus, GroupStatus, Resource, SiteStatus, TokenInfo, Transferred, Why, encode,
 };
 pub use error::{Attempt, ClientError, FieldCause, Refusal};
 pub use watch::{Listing, Watch, WatchEvent, WatchEventKind};

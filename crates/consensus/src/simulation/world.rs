@@ -471,6 +471,7 @@ impl<'a> World<'a> {
             compact_entries,
             compact_bytes: 64 * 1024,
             kept_entries,
+            counters: Arc::default(),
         };
         let directory = Box::new(Arc::clone(&node.directory));
         let opened = Disk::open_in(directory, Path::new("simulated"), owner(replica)).and_then(

@@ -14,9 +14,9 @@ use crate::owner::plan::{Sight, World as _};
 
 /// How long the consensus thread may take to describe itself.
 const LOOK_TIME: Duration = Duration::from_secs(5);
-/// How long a handover may take; the library gives up after an election timeout, and who is far
-/// behind may be asked again.
-const TRANSFER_TIME: Duration = Duration::from_secs(10);
+/// How long a handover may take: the library gives up after an election timeout, and krakectl asks
+/// another node after four seconds.
+const TRANSFER_TIME: Duration = Duration::from_secs(3);
 
 /// What went wrong, as the API says it.
 #[derive(Debug)]

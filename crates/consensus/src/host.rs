@@ -583,8 +583,11 @@ impl Host {
             if self.is_full() {
                 return Err(ReadError::DiskFull);
             }
-            if !self.input(Input::Read(group, reply)).await || self.failure().is_some() {
-                return Err(ReadError::Stopped);
+            let input = self.input(Input::Read(group, reply));
+            match tokio::time::timeout_at(deadline, input).await {
+                Err(_) => return Err(ReadError::Timeout { group }),
+                Ok(taken) if !taken || self.failure().is_some() => return Err(ReadError::Stopped),
+                Ok(_) => {}
             }
             match tokio::time::timeout_at(deadline, answer).await {
                 Err(_) => return Err(ReadError::Timeout { group }),

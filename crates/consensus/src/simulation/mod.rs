@@ -4,9 +4,8 @@
 //!
 //! What is simulated: messages are delayed, lost, repeated and reordered, links are cut in one
 //! direction or both, nodes are killed, lose power in the middle of any operation on a file (then
-//! any of the sectors that were not synced may be lost), have full disks, find a bit flipped, are paused, have their clocks put
-//! forward and back, join while writes run, and are replaced as voters when they are away. What
-//! is not: slow disks.
+//! any of the sectors that were not synced may be lost), have full or slow disks, find a bit flipped, are paused, have their
+//! clocks put forward and back, join and leave while writes run, and are replaced as voters when they are away.
 //!
 //! What is checked: after every step that no two nodes lead a group in one term, that no replica
 //! votes twice in a term, that all replicas agree on every committed entry and on the state at

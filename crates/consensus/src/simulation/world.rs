@@ -101,6 +101,9 @@ enum Event {
     Heal {
         number: u64,
     },
+    Gone {
+        node: u64,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -144,6 +147,10 @@ struct Node {
     flipped: bool,
     /// Its files are damaged: it does not come back.
     lost: bool,
+    /// It was a member and is none any more; replica ids are never used twice.
+    left: bool,
+    /// Until when its disk is slow, and how long it then takes for each step.
+    slow: (u64, u64),
 }
 
 struct Current {
@@ -273,6 +280,8 @@ impl<'a> World<'a> {
                     away_since: None,
                     flipped: false,
                     lost: false,
+                    left: false,
+                    slow: (0, 0),
                 };
                 (replica, node)
             })
@@ -369,7 +378,8 @@ impl<'a> World<'a> {
                 })
             }
             Event::Restart { node } => {
-                let away = self.nodes[&node].process.is_none() && !self.nodes[&node].lost;
+                let known = &self.nodes[&node];
+                let away = known.process.is_none() && !known.lost && !known.left;
                 if away { self.start(node) } else { Ok(()) }
             }
             Event::Members { node, boot } => {
@@ -415,6 +425,12 @@ impl<'a> World<'a> {
             }
             Event::Room { node } => {
                 self.nodes[&node].directory.limit_room(None);
+                Ok(())
+            }
+            Event::Gone { node } => {
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.process = None;
+                }
                 Ok(())
             }
             Event::Heal { number } => {
@@ -589,9 +605,10 @@ impl<'a> World<'a> {
         };
         let mut sent = Sent::default();
         let worked = give(&mut process.replica).and_then(|()| process.replica.rounds(&mut sent));
+        let took = self.work_time(own);
         for (to, frame) in sent.0 {
             self.checks.sent(&frame)?;
-            self.send(own, u64::from(to.as_bytes()[0]), &frame)?;
+            self.send(own, u64::from(to.as_bytes()[0]), &frame, took)?;
         }
         match worked {
             Ok(()) => {
@@ -618,6 +635,17 @@ impl<'a> World<'a> {
             }
             Err(error) => Err(format!("replica {own}: {error}")),
         }
+    }
+
+    /// How long a slow disk holds up what a step sends, and everything after it.
+    fn work_time(&mut self, own: u64) -> u64 {
+        let now = self.now;
+        let Some(node) = self.nodes.get_mut(&own).filter(|node| node.slow.0 > now) else {
+            return 0;
+        };
+        let took = node.slow.1;
+        node.paused_until = node.paused_until.max(now + took);
+        took
     }
 
     fn answer_pending(&mut self, process: &mut Process) {
@@ -664,7 +692,7 @@ impl<'a> World<'a> {
 
     // The network.
 
-    fn send(&mut self, from: u64, to: u64, frame: &Frame) -> Result<(), String> {
+    fn send(&mut self, from: u64, to: u64, frame: &Frame, held: u64) -> Result<(), String> {
         if self.network.cut.contains(&(from, to)) || self.random.random_bool(self.network.loss) {
             return Ok(());
         }
@@ -675,7 +703,7 @@ impl<'a> World<'a> {
             1
         };
         for _ in 0..copies {
-            let after = self.random.random_range(100..=self.network.delay);
+            let after = held + self.random.random_range(100..=self.network.delay);
             let bytes = bytes.clone();
             self.schedule(after, Event::Frame { to, from, bytes });
         }
@@ -908,7 +936,7 @@ impl<'a> World<'a> {
             .collect();
         let victim = members[self.random.random_range(0..members.len())];
         let seed = self.random.random_range(0..u64::MAX);
-        let kind = self.random.random_range(0..16);
+        let kind = self.random.random_range(0..17);
         self.trace.update(&[kind]);
         match kind {
             0 => self.kill(victim),
@@ -947,34 +975,34 @@ impl<'a> World<'a> {
                 }
             }
             11 | 12 => {
-                let newcomer = self.nodes.iter().find(|(_, node)| !node.member);
+                let newcomer = self
+                    .nodes
+                    .iter()
+                    .find(|(_, node)| !node.member && !node.left);
                 if let Some(id) = newcomer.map(|(id, _)| *id) {
                     if let Some(node) = self.nodes.get_mut(&id) {
                         node.member = true;
                     }
                     self.start(id)?;
+                } else if kind == 12 && self.can_spare(5) {
+                    self.leave(victim);
                 }
                 self.tell_members();
             }
+            16 => {
+                let slow = [20_000, 100_000, 400_000][self.random.random_range(0..3)];
+                let until = self.now + self.random.random_range(SECOND..10 * SECOND);
+                if let Some(node) = self.nodes.get_mut(&victim) {
+                    node.slow = (until, slow);
+                }
+            }
             15 => {
-                // One only, and none that is a group's only voter: what nobody else has is lost.
-                let flipped = self.nodes.values().any(|node| node.flipped);
-                let running = self.nodes.values().filter_map(|node| node.process.as_ref());
-                let groups = usize::from(self.scenario.groups);
-                let grown = |process: &&Process| {
-                    let replicas = &process.replica.core.groups;
-                    replicas.len() == groups
-                        && replicas.values().all(|group| group.voters().len() >= 3)
-                };
-                let survives = running.filter(grown).count() >= 3;
+                let survives = self.can_spare(3);
                 let mut away = self
                     .nodes
                     .iter_mut()
                     .filter(|(_, node)| node.member && node.boot > 0 && node.process.is_none());
-                if survives
-                    && !flipped
-                    && let Some((_, node)) = away.next()
-                {
+                if survives && let Some((_, node)) = away.next() {
                     node.flipped = true;
                     node.directory.flip(seed);
                 }
@@ -992,6 +1020,32 @@ impl<'a> World<'a> {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Whether one member may be lost for ever: none is yet, and enough of the others know that
+    /// every group has this many voters. What nobody else has would be lost with it.
+    fn can_spare(&self, voters: usize) -> bool {
+        let spent = |node: &Node| node.flipped || node.left;
+        let groups = usize::from(self.scenario.groups);
+        let grown = |process: &&Process| {
+            let replicas = &process.replica.core.groups;
+            replicas.len() == groups
+                && replicas
+                    .values()
+                    .all(|group| group.voters().len() >= voters)
+        };
+        let running = self.nodes.values().filter_map(|node| node.process.as_ref());
+        !self.nodes.values().any(spent) && running.filter(grown).count() >= 3
+    }
+
+    /// It is a member no more, and goes on for a while before it hears of it.
+    fn leave(&mut self, victim: u64) {
+        if let Some(node) = self.nodes.get_mut(&victim) {
+            node.member = false;
+            node.left = true;
+        }
+        let after = self.random.random_range(0..5 * SECOND);
+        self.schedule(after, Event::Gone { node: victim });
     }
 
     /// The process ends; what it wrote is in the file system's memory.
@@ -1038,6 +1092,7 @@ impl<'a> World<'a> {
         for node in self.nodes.values_mut() {
             node.directory.never_fail();
             node.paused_until = node.paused_until.min(now);
+            node.slow = (0, 0);
         }
         let away: Vec<u64> = self
             .nodes

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::catalog::PATIENCE;
+use crate::catalog_api::CatalogApi;
 use crate::config::Config;
 use crate::consensus;
 use crate::datadir::Identity;
@@ -71,6 +72,8 @@ struct Shared {
     parts: ApiParts,
     faults: bool,
     limits: Limits,
+    /// The catalog's own protocol.
+    catalog: CatalogApi,
     blocked: Mutex<std::collections::BTreeSet<krake_model::NodeId>>,
 }
 
@@ -150,13 +153,14 @@ impl Api {
     /// # Errors
     /// When an address or the socket cannot be bound.
     pub async fn start(config: &Config, parts: ApiParts) -> anyhow::Result<Self> {
+        let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
+            catalog: CatalogApi::new(parts.federation.catalog.clone(), stop.clone()),
             parts,
             faults: config.testnet.fault_injection,
             limits: Limits::default(),
             blocked: Mutex::default(),
         });
-        let stop = CancellationToken::new();
         let certificate =
             Certificate::load_or_create(&config.node.data_dir).with_context(|| {
                 format!(
@@ -222,6 +226,7 @@ fn router(shared: &Context_, way: Way) -> Router {
             "/v1/consensus/groups/{group}/transfer",
             post(consensus_transfer),
         )
+        .route(krake_catalog_client::protocol::PATH, get(catalog))
         .route("/metrics", get(metrics));
     if way == Way::Socket {
         protected = protected
@@ -295,6 +300,10 @@ async fn authorize(
 
 async fn kinds(State(shared): State<Context_>, request: Request) -> Response<Body> {
     shared.parts.service.handle(request).await
+}
+
+async fn catalog(State(shared): State<Context_>, request: Request) -> Response {
+    shared.catalog.upgrade(request)
 }
 
 async fn livez(State(shared): State<Context_>) -> Response {

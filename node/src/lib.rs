@@ -4,6 +4,7 @@
 pub mod admission;
 pub mod api;
 pub mod catalog;
+pub mod catalog_api;
 pub mod config;
 pub mod consensus;
 pub mod datadir;

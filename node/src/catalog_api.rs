@@ -1,0 +1,486 @@
+//! The catalog's own protocol (`krake_catalog_client::protocol`) on the API's listeners.
+//!
+//! A connection has one task that reads, one that writes, and one for each request and watch. What
+//! a client can make a node hold is bounded: connections, requests of a connection, bytes of all
+//! requests, lists that are not read to their end, replies that wait to be written. A client that
+//! does not read its replies is read from no more.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response as HttpResponse;
+use http::{StatusCode, header};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use krake_catalog_client::protocol::{
+    self, Ask, Changed, Freshness, PAGE_BYTES, PAGE_ENTRIES_MAX, REQUEST_BYTES_MAX, Refusal, Reply,
+    Request, Response, UNASKED, UPGRADE, write_frame,
+};
+use krake_consensus::Entry;
+use krake_model::{GroupId, Revision};
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use crate::catalog::{Catalog, PATIENCE};
+
+/// Connections of a node at most.
+const CONNECTIONS_MAX: usize = 2048;
+/// Requests of a connection that may run at once; more are refused as busy.
+const IN_FLIGHT_MAX: u32 = 256;
+/// Bytes of all requests that run at a node (64 MiB), in KiB; beyond, connections are not read.
+const REQUEST_KIB_MAX: usize = 64 * 1024;
+/// Watches of a connection.
+const WATCHES_MAX: usize = 64;
+/// Lists of a connection whose end was not read; the oldest is forgotten for another.
+const LISTS_MAX: usize = 4;
+/// The same at a node; more are refused as busy.
+const NODE_LISTS_MAX: usize = 64;
+/// A list is forgotten after this time.
+const LIST_LIFETIME: Duration = Duration::from_secs(60);
+/// Replies of a connection that wait to be written.
+const REPLIES_WAITING: usize = 512;
+/// What a client that is told to come back should wait.
+const RETRY_AFTER_MS: u32 = 20;
+/// A frame that has begun must end within this time.
+const FRAME_TIME: Duration = Duration::from_secs(10);
+/// A client must take what is written to it within this time.
+const WRITE_TIME: Duration = Duration::from_secs(30);
+/// How long a closed connection is read, so that its last words reach the client.
+const LINGER_TIME: Duration = Duration::from_secs(1);
+/// Frames are gathered up to this size into one write.
+const WRITE_BYTES: usize = 64 * 1024;
+/// What is read at once.
+const READ_BYTES: usize = 64 * 1024;
+
+/// The node's end of the protocol. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct CatalogApi {
+    catalog: Catalog,
+    connections: Arc<Semaphore>,
+    request_kib: Arc<Semaphore>,
+    lists: Arc<Semaphore>,
+    stop: CancellationToken,
+}
+
+fn refuse(status: StatusCode, text: &'static str) -> HttpResponse {
+    let mut response = HttpResponse::new(Body::from(text));
+    *response.status_mut() = status;
+    if status == StatusCode::UPGRADE_REQUIRED {
+        let value = header::HeaderValue::from_static(UPGRADE);
+        response.headers_mut().insert(header::UPGRADE, value);
+    }
+    response
+}
+
+impl CatalogApi {
+    /// Serves `catalog` until `stop` is cancelled.
+    pub fn new(catalog: Catalog, stop: CancellationToken) -> Self {
+        Self {
+            catalog,
+            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            request_kib: Arc::new(Semaphore::new(REQUEST_KIB_MAX)),
+            lists: Arc::new(Semaphore::new(NODE_LISTS_MAX)),
+            stop,
+        }
+    }
+
+    /// Answers an authorised HTTP request with 101 and serves its connection from then on.
+    pub fn upgrade(&self, mut request: http::Request<Body>) -> HttpResponse {
+        let asked = request.headers().get(header::UPGRADE);
+        let asked =
+            asked.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(UPGRADE.as_bytes()));
+        let Some(upgrade) = request
+            .extensions_mut()
+            .remove::<OnUpgrade>()
+            .filter(|_| asked)
+        else {
+            return refuse(
+                StatusCode::UPGRADE_REQUIRED,
+                "ask for `Connection: upgrade` and `Upgrade: krake-catalog/1` by HTTP/1.1\n",
+            );
+        };
+        let Ok(slot) = Arc::clone(&self.connections).try_acquire_owned() else {
+            return refuse(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the catalog has as many connections as this node takes: try again later, or at another node\n",
+            );
+        };
+        let api = self.clone();
+        tokio::spawn(async move {
+            match upgrade.await {
+                Ok(stream) => api.serve(stream).await,
+                Err(error) => debug!(%error, "a catalog connection was not upgraded"),
+            }
+            drop(slot);
+        });
+        let mut response = refuse(StatusCode::SWITCHING_PROTOCOLS, "");
+        for (name, value) in [(header::CONNECTION, "upgrade"), (header::UPGRADE, UPGRADE)] {
+            let value = header::HeaderValue::from_static(value);
+            response.headers_mut().insert(name, value);
+        }
+        response
+    }
+
+    async fn serve(self, stream: Upgraded) {
+        let (reading, writing) = tokio::io::split(TokioIo::new(stream));
+        let mut reading = BufReader::with_capacity(READ_BYTES, reading);
+        let (replies, queue) = mpsc::channel(REPLIES_WAITING);
+        let gone = self.stop.child_token();
+        let mut writer = tokio::spawn(write(queue, writing));
+        let connection = Arc::new(Connection {
+            api: self,
+            replies,
+            in_flight: Arc::new(Semaphore::new(IN_FLIGHT_MAX as usize)),
+            lists: Mutex::default(),
+            watches: Mutex::default(),
+            gone: gone.clone(),
+        });
+        let ended = tokio::select! {
+            ended = Arc::clone(&connection).read(&mut reading) => ended,
+            // It takes nothing any more.
+            _ = &mut writer => Ok(()),
+            () = gone.cancelled() => Ok(()),
+        };
+        if let Err(error) = ended {
+            debug!(%error, "a catalog connection is closed");
+            if error.kind() == io::ErrorKind::InvalidData {
+                let reason = error.to_string();
+                let refusal = Reply::Refused(Refusal::Protocol { reason });
+                connection.say(UNASKED, refusal, None).await;
+            }
+        }
+        gone.cancel();
+        drop(connection);
+        if !writer.is_finished() {
+            let _ = tokio::time::timeout(WRITE_TIME, writer).await;
+            // Bytes that nobody read would make the kernel drop what was just written.
+            let mut rest = reading.take(REQUEST_BYTES_MAX as u64);
+            let mut nowhere = tokio::io::sink();
+            let drained = tokio::io::copy(&mut rest, &mut nowhere);
+            let _ = tokio::time::timeout(LINGER_TIME, drained).await;
+        }
+    }
+}
+
+/// What a request holds until its reply is written.
+type Held = (OwnedSemaphorePermit, OwnedSemaphorePermit);
+type Outgoing = (Response, Option<Held>);
+
+/// The rest of a list, as it was at a revision.
+struct Rest {
+    revision: Revision,
+    entries: VecDeque<(String, Entry)>,
+    _slot: OwnedSemaphorePermit,
+}
+
+#[derive(Default)]
+struct Lists {
+    last: u64,
+    rests: BTreeMap<u64, Rest>,
+}
+
+struct Connection {
+    api: CatalogApi,
+    replies: mpsc::Sender<Outgoing>,
+    in_flight: Arc<Semaphore>,
+    lists: Mutex<Lists>,
+    watches: Mutex<BTreeMap<u64, CancellationToken>>,
+    gone: CancellationToken,
+}
+
+async fn write(mut queue: mpsc::Receiver<Outgoing>, mut stream: impl AsyncWrite + Unpin) {
+    let mut buffer = Vec::new();
+    let mut held = Vec::new();
+    while let Some(first) = queue.recv().await {
+        let mut next = Some(first);
+        while let Some((response, permits)) = next {
+            held.extend(permits);
+            if let Err(error) = write_frame(&mut buffer, &response) {
+                let reason = error.to_string();
+                let reply = Reply::Refused(Refusal::Read { reason });
+                let number = response.number;
+                // A refusal is far below any limit.
+                let _ = write_frame(&mut buffer, &Response { number, reply });
+            }
+            next = (buffer.len() < WRITE_BYTES)
+                .then(|| queue.try_recv().ok())
+                .flatten();
+        }
+        match tokio::time::timeout(WRITE_TIME, stream.write_all(&buffer)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+        buffer.clear();
+        buffer.shrink_to(WRITE_BYTES);
+        held.clear();
+    }
+    let _ = stream.shutdown().await;
+}
+
+fn invalid(error: impl std::fmt::Display) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error.to_string())
+}
+
+impl Connection {
+    async fn say(&self, number: u64, reply: Reply, held: Option<Held>) {
+        // Without a writer the connection ends, and with it who would read this.
+        let _ = self.replies.send((Response { number, reply }, held)).await;
+    }
+
+    async fn read(self: Arc<Self>, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+        let welcome = Reply::Welcome {
+            shards: self.api.catalog.shards,
+            in_flight_max: IN_FLIGHT_MAX,
+        };
+        self.say(UNASKED, welcome, None).await;
+        let mut buffer = Vec::new();
+        while let Some(length) = protocol::read_length(stream, REQUEST_BYTES_MAX).await? {
+            let kib = length.div_ceil(1024) as u32;
+            let bytes = Arc::clone(&self.api.request_kib).acquire_many_owned(kib);
+            let bytes = bytes.await.map_err(io::Error::other)?;
+            buffer.resize(length, 0);
+            tokio::time::timeout(FRAME_TIME, stream.read_exact(&mut buffer)).await??;
+            let request: Request = protocol::decode(&buffer).map_err(invalid)?;
+            buffer.shrink_to(READ_BYTES);
+            if request.number == UNASKED {
+                return Err(invalid("requests are numbered from 1"));
+            }
+            let number = request.number;
+            match (request.ask, Arc::clone(&self.in_flight).try_acquire_owned()) {
+                (Ask::Unwatch { watch }, _) => {
+                    if let Some(watch) = self.watches.lock().remove(&watch) {
+                        watch.cancel();
+                    }
+                }
+                (_, Err(_)) => {
+                    let busy = Refusal::Busy {
+                        retry_after_ms: RETRY_AFTER_MS,
+                    };
+                    self.say(number, Reply::Refused(busy), None).await;
+                }
+                (Ask::Watch { group }, Ok(slot)) => {
+                    if self.watches.lock().contains_key(&number) {
+                        return Err(invalid("the number is that of a watch"));
+                    }
+                    let connection = Arc::clone(&self);
+                    let held = (slot, bytes);
+                    match self.begin_watch(number, group) {
+                        Ok(ended) => {
+                            tokio::spawn(connection.watch(number, group, ended, held));
+                        }
+                        Err(refusal) => {
+                            self.say(number, Reply::Refused(refusal), Some(held)).await;
+                        }
+                    }
+                }
+                (ask, Ok(slot)) => {
+                    let connection = Arc::clone(&self);
+                    tokio::spawn(connection.handle(number, ask, (slot, bytes)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn handle(self: Arc<Self>, number: u64, ask: Ask, held: Held) {
+        let gone = self.gone.clone();
+        let work = async {
+            let answer = match ask {
+                // Seen to where they are read.
+                Ask::Watch { .. } | Ask::Unwatch { .. } => return,
+                Ask::Write { group, command } => self.propose(group, command).await,
+                Ask::Get {
+                    group,
+                    key,
+                    freshness,
+                } => self.get(group, &key, freshness).await,
+                Ask::List {
+                    group,
+                    prefix,
+                    limit,
+                    freshness,
+                } => self.list(group, &prefix, limit, freshness).await,
+                Ask::Next { list, limit } => self.next(list, limit),
+            };
+            let reply = answer.unwrap_or_else(Reply::Refused);
+            self.say(number, reply, Some(held)).await;
+        };
+        tokio::select! {
+            () = work => {}
+            () = gone.cancelled() => {}
+        }
+    }
+
+    async fn propose(
+        &self,
+        group: GroupId,
+        command: krake_consensus::Command,
+    ) -> Result<Reply, Refusal> {
+        protocol::check_write(group, &command, self.api.catalog.shards)?;
+        let proposed = self.api.catalog.host.propose(group, command, PATIENCE);
+        let committed = proposed.await.map_err(Refusal::Write)?;
+        Ok(Reply::Committed(committed))
+    }
+
+    /// Waits until this node's replica is as new as asked.
+    async fn fresh(&self, group: GroupId, freshness: Freshness) -> Result<(), Refusal> {
+        if group.shard().is_some_and(|s| s >= self.api.catalog.shards) {
+            return Err(Refusal::UnknownGroup { group });
+        }
+        if freshness == Freshness::Stale {
+            return Ok(());
+        }
+        let barrier = self.api.catalog.host.read_barrier(&[group], PATIENCE).await;
+        barrier.map_err(|error| Refusal::Read {
+            reason: error.to_string(),
+        })
+    }
+
+    async fn get(&self, group: GroupId, key: &str, freshness: Freshness) -> Result<Reply, Refusal> {
+        self.fresh(group, freshness).await?;
+        // In this order: the entry is at least as new as the revision says.
+        let revision = self.api.catalog.host.revision(group);
+        let entry = self.api.catalog.host.get(group, key);
+        Ok(Reply::Value { revision, entry })
+    }
+
+    async fn list(
+        self: &Arc<Self>,
+        group: GroupId,
+        prefix: &str,
+        limit: u32,
+        freshness: Freshness,
+    ) -> Result<Reply, Refusal> {
+        let Ok(slot) = Arc::clone(&self.api.lists).try_acquire_owned() else {
+            return Err(Refusal::Busy {
+                retry_after_ms: RETRY_AFTER_MS,
+            });
+        };
+        self.fresh(group, freshness).await?;
+        let (entries, revision) = self.api.catalog.host.list(group, prefix);
+        let rest = Rest {
+            revision,
+            entries: entries.into(),
+            _slot: slot,
+        };
+        let number = {
+            let mut lists = self.lists.lock();
+            lists.last += 1;
+            lists.last
+        };
+        let (page, more) = self.page(number, rest, limit);
+        if more {
+            let (connection, gone) = (Arc::downgrade(self), self.gone.clone());
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = tokio::time::sleep(LIST_LIFETIME) => {}
+                    () = gone.cancelled() => {}
+                }
+                if let Some(connection) = connection.upgrade() {
+                    connection.lists.lock().rests.remove(&number);
+                }
+            });
+        }
+        Ok(page)
+    }
+
+    fn next(&self, list: u64, limit: u32) -> Result<Reply, Refusal> {
+        let rest = self.lists.lock().rests.remove(&list);
+        let (page, _) = self.page(list, rest.ok_or(Refusal::ListGone)?, limit);
+        Ok(page)
+    }
+
+    /// Takes a page off a list and keeps the rest, where there is one.
+    fn page(&self, list: u64, mut rest: Rest, limit: u32) -> (Reply, bool) {
+        let limit = limit.clamp(1, PAGE_ENTRIES_MAX) as usize;
+        let (mut entries, mut bytes) = (Vec::new(), 0);
+        while entries.len() < limit && bytes < PAGE_BYTES {
+            let Some((key, entry)) = rest.entries.pop_front() else {
+                break;
+            };
+            bytes += key.len() + entry.value.len();
+            entries.push((key, entry));
+        }
+        let revision = rest.revision;
+        let more = !rest.entries.is_empty();
+        if more {
+            let mut lists = self.lists.lock();
+            lists.rests.insert(list, rest);
+            if lists.rests.len() > LISTS_MAX {
+                lists.rests.pop_first();
+            }
+        }
+        let page = Reply::Page {
+            revision,
+            entries,
+            more: more.then_some(list),
+        };
+        (page, more)
+    }
+
+    /// Notes a watch; an [`Ask::Unwatch`] that comes next must find it.
+    fn begin_watch(&self, number: u64, group: GroupId) -> Result<CancellationToken, Refusal> {
+        if group.shard().is_some_and(|s| s >= self.api.catalog.shards) {
+            return Err(Refusal::UnknownGroup { group });
+        }
+        let mut watches = self.watches.lock();
+        if watches.len() >= WATCHES_MAX {
+            let limit = WATCHES_MAX as u32;
+            return Err(Refusal::TooManyWatches { limit });
+        }
+        let ended = self.gone.child_token();
+        watches.insert(number, ended.clone());
+        Ok(ended)
+    }
+
+    async fn watch(
+        self: Arc<Self>,
+        number: u64,
+        group: GroupId,
+        ended: CancellationToken,
+        held: Held,
+    ) {
+        tokio::select! {
+            () = self.follow(number, group, held) => {}
+            () = ended.cancelled() => {}
+        }
+        self.watches.lock().remove(&number);
+    }
+
+    async fn follow(&self, number: u64, group: GroupId, held: Held) {
+        let mut batches = self.api.catalog.host.watch();
+        let revision = self.api.catalog.host.revision(group);
+        let watching = Reply::Watching { revision };
+        self.say(number, watching, Some(held)).await;
+        let mut event = 0;
+        loop {
+            match batches.recv().await {
+                Ok(batch) if batch.group != group => {}
+                Ok(batch) if !batch.reset => {
+                    event += 1;
+                    let changes = batch.changes.into_iter().map(|change| Changed {
+                        key: change.key,
+                        entry: change.entry,
+                    });
+                    let changes = Reply::Changes {
+                        event,
+                        revision: batch.revision,
+                        changes: changes.collect(),
+                    };
+                    self.say(number, changes, None).await;
+                }
+                Ok(_) | Err(RecvError::Lagged(_) | RecvError::Closed) => {
+                    self.say(number, Reply::WatchEnded, None).await;
+                    return;
+                }
+            }
+        }
+    }
+}

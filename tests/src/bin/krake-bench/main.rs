@@ -1,14 +1,17 @@
 //! The benchmark: five sites on this machine, ratios to the same API servers in the same run.
 //!
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
-//! `burst`, `leader`, `failover-fast`, `failover` and `idle`; without one all of them run. Each prints lines of a
-//! table for `docs/benchmarks.md`.
+//! `burst`, `leader`, `failover-fast`, `failover` and `idle`, and `catalog` against etcd; without one
+//! all of them run. Each prints lines of a table for `docs/benchmarks.md`.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
     reason = "the program's output"
 )]
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
+
+mod catalog;
+mod etcd;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -544,6 +547,12 @@ async fn until_gone(api: &Api<DynamicObject>, name: &str) {
 async fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let wants = |scenario: &str| wanted.is_empty() || wanted.iter().any(|w| w == scenario);
+    if wants("catalog") {
+        catalog::run().await;
+    }
+    if !wanted.is_empty() && wanted.iter().all(|wanted| wanted == "catalog") {
+        return;
+    }
     let mut bench = Bench::new().await;
     if wants("idle") {
         bench.idle().await;

@@ -16,7 +16,9 @@ use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::log::{GroupLog, HardState};
 use crate::machine::Change;
 use crate::voters::MemberInfo;
-use crate::wire::{Configuration, FRAME_MESSAGES_MAX, Frame, Message, MessageKind, Snapshot};
+use crate::wire::{
+    Configuration, FRAME_MESSAGES_MAX, Frame, Message, MessageKind, Pulse, Sleep, Snapshot,
+};
 
 /// Ticks between two looks at the groups' memberships.
 const RECONCILE_TICKS: u64 = 5;
@@ -86,6 +88,15 @@ pub(crate) struct Round {
     pub(crate) writes: Vec<Write>,
 }
 
+/// A node that votes in a group in which this one votes, too.
+#[derive(Debug)]
+struct Peer {
+    heard_at: u64,
+    /// From its [`Pulse`].
+    life: Option<u64>,
+    silent: bool,
+}
+
 /// The groups.
 pub(crate) struct Core {
     pub(crate) settings: Settings,
@@ -93,10 +104,24 @@ pub(crate) struct Core {
     members: BTreeMap<u64, MemberInfo>,
     replicas: BTreeMap<NodeId, u64>,
     failed: BTreeSet<GroupId>,
+    /// Groups that may have something to do.
+    active: BTreeSet<GroupId>,
+    /// Groups of the round between its halves.
+    working: Vec<GroupId>,
+    /// Groups that changed since their status was told.
+    touched: BTreeSet<GroupId>,
+    /// Nodes that this one votes with: both hear of each other every heartbeat interval.
+    peers: BTreeMap<u64, Peer>,
+    /// Configurations changed since the peers were found.
+    peers_stale: bool,
+    /// What goes out with the next frames.
+    sleeping: BTreeMap<u64, Vec<Sleep>>,
+    /// Replicas that look for the leader of a group that is led here.
+    asked_for: BTreeSet<(u64, GroupId)>,
     /// Answers to heartbeats that wait for a frame to the same replica, at most until this node's
     /// own heartbeats: an idle pair of nodes then exchanges two frames an interval, not four.
     answers: BTreeMap<u64, BTreeMap<GroupId, Message>>,
-    answers_due: bool,
+    pulse_due: bool,
     followers_due: bool,
     counter: u64,
     ticks: u64,
@@ -110,14 +135,22 @@ impl Core {
         for (id, log) in logs {
             groups.insert(id, Group::new(id, log, &settings)?);
         }
+        let active = groups.keys().copied().collect();
         Ok(Self {
             settings,
             groups,
             members: BTreeMap::new(),
             replicas: BTreeMap::new(),
             failed: BTreeSet::new(),
+            active,
+            working: Vec::new(),
+            touched: BTreeSet::new(),
+            peers: BTreeMap::new(),
+            peers_stale: true,
+            sleeping: BTreeMap::new(),
+            asked_for: BTreeSet::new(),
             answers: BTreeMap::new(),
-            answers_due: false,
+            pulse_due: false,
             followers_due: false,
             counter: 0,
             ticks: 0,
@@ -150,6 +183,8 @@ impl Core {
         }
         group.after_change(&self.settings);
         self.groups.insert(id, group);
+        self.active.insert(id);
+        self.peers_stale = true;
         Ok(Write {
             change: LogChange {
                 group: id,
@@ -166,11 +201,27 @@ impl Core {
         self.replicas = members.iter().map(|m| (m.node, m.replica)).collect();
         let members: BTreeMap<u64, MemberInfo> =
             members.into_iter().map(|m| (m.replica, m)).collect();
-        if members != self.members {
-            self.answers.retain(|id, _| members.contains_key(id));
-            self.members = members;
-            self.reconcile();
+        if members == self.members {
+            return;
         }
+        self.answers.retain(|id, _| members.contains_key(id));
+        let alive = |known: &BTreeMap<u64, MemberInfo>, id| {
+            known.get(&id).is_some_and(|member| member.alive)
+        };
+        let back: Vec<u64> = members
+            .keys()
+            .copied()
+            .filter(|id| alive(&members, *id) && !alive(&self.members, *id))
+            .collect();
+        self.members = members;
+        for group in self.groups.values_mut() {
+            group.settled = false;
+            // It may lack what was written while it was away.
+            if group.is_leader() && group.lacks(&back) {
+                group.awaken(0);
+            }
+        }
+        self.reconcile();
     }
 
     pub(crate) fn node_of(&self, replica: u64) -> Option<NodeId> {
@@ -181,27 +232,166 @@ impl Core {
         self.ticks += 1;
         let ticks = self.ticks;
         let interval = self.settings.heartbeat_ticks as u64;
-        self.answers_due = ticks.is_multiple_of(interval);
+        self.pulse_due |= ticks.is_multiple_of(interval);
         let members = self.members.len() as u64;
         let intervals = FOLLOWER_INTERVALS.max(members / FOLLOWERS_PER_INTERVAL);
         self.followers_due = ticks.is_multiple_of(interval * intervals);
-        self.each(|group, settings| group.tick(settings, ticks));
-        if self.ticks.is_multiple_of(RECONCILE_TICKS) {
+        self.watch_peers();
+        self.each(None, |group, settings| group.tick(settings, ticks));
+        if ticks.is_multiple_of(RECONCILE_TICKS) {
             for group in self.groups.values_mut() {
-                group.reconcile = true;
+                group.reconcile |= group.is_leader() && !group.settled;
             }
+        }
+        let awake = self.groups.iter().filter(|(_, group)| group.dirty);
+        self.active.extend(awake.map(|(id, _)| *id));
+        if self.pulse_due {
+            self.put_to_sleep();
         }
         if self.ticks.is_multiple_of(BALANCE_TICKS) {
             self.balance();
         }
     }
 
-    /// Runs `work` on every group; one that panics is put aside, the others go on.
-    fn each(&mut self, mut work: impl FnMut(&mut Group, &Settings)) {
+    /// Finds out which peers have fallen silent. Groups that sleep trust their pulse.
+    fn watch_peers(&mut self) {
+        let (own, now) = (self.settings.replica, self.ticks);
+        if std::mem::take(&mut self.peers_stale) {
+            let voters = self.groups.values().map(Group::voters);
+            let shared: BTreeSet<u64> = voters.filter(|v| v.contains(&own)).flatten().collect();
+            self.peers.retain(|id, _| shared.contains(id));
+            for id in shared.into_iter().filter(|id| *id != own) {
+                self.peers.entry(id).or_insert(Peer {
+                    heard_at: now,
+                    life: None,
+                    silent: false,
+                });
+            }
+        }
+        let limit = self.settings.election_ticks as u64;
+        let mut fell_silent = Vec::new();
+        for (id, peer) in &mut self.peers {
+            let silence = now.saturating_sub(peer.heard_at);
+            if !peer.silent && silence >= limit {
+                peer.silent = true;
+                fell_silent.push((*id, silence as usize));
+            }
+        }
+        for (id, silence) in fell_silent {
+            debug!(replica = id, ticks = silence, "a peer is silent");
+            for group in self.groups.values_mut() {
+                if group.leader() == Some(id) {
+                    group.startle(silence);
+                } else if group.is_leader() && group.voters().contains(&id) {
+                    group.awaken(0);
+                }
+            }
+        }
+    }
+
+    /// Whatever a member sends shows that its node is there.
+    fn hear(&mut self, sender: u64, pulse: Option<Pulse>) {
+        let (now, limit) = (self.ticks, self.settings.election_ticks);
+        let Some(peer) = self.peers.get_mut(&sender) else {
+            if let Some(pulse) = pulse {
+                self.help(sender, &pulse.leaderless);
+            }
+            return;
+        };
+        peer.heard_at = now;
+        let is_back = std::mem::take(&mut peer.silent);
+        let Some(pulse) = pulse else {
+            if is_back {
+                self.calm(sender);
+            }
+            return;
+        };
+        let known = peer.life.replace(pulse.life);
+        if known.is_some_and(|known| known != pulse.life) {
+            // It was started again: it leads nothing.
+            for group in self.groups.values_mut() {
+                if group.leader() == Some(sender) {
+                    group.awaken(limit);
+                }
+            }
+        } else if is_back {
+            self.calm(sender);
+        }
+        self.help(sender, &pulse.leaderless);
+    }
+
+    fn calm(&mut self, sender: u64) {
+        for group in self.groups.values_mut() {
+            if group.leader() == Some(sender) {
+                group.calm();
+            }
+        }
+    }
+
+    /// A member does not know who leads these groups.
+    fn help(&mut self, sender: u64, leaderless: &[GroupId]) {
+        let limit = self.settings.election_ticks;
+        for id in leaderless.iter().take(FRAME_MESSAGES_MAX) {
+            let Some(group) = self.groups.get_mut(id) else {
+                continue;
+            };
+            if group.is_leader() && group.others().contains(&sender) {
+                group.ping();
+                self.active.insert(*id);
+                self.asked_for.insert((sender, *id));
+            } else if group.leader() == Some(sender) {
+                group.awaken(limit);
+            }
+        }
+    }
+
+    fn put_to_sleep(&mut self) {
+        let (members, peers) = (&self.members, &self.peers);
+        let is_away = |id| !members.get(&id).is_some_and(|member| member.alive);
+        let is_silent = |id| peers.get(&id).is_none_or(|peer| peer.silent);
+        for group in self.groups.values_mut() {
+            let Some(told) = group.fall_silent(is_away, is_silent) else {
+                continue;
+            };
+            Counters::add(&self.settings.counters.slept, 1);
+            for (id, sleep) in told {
+                self.sleeping.entry(id).or_default().push(sleep);
+            }
+        }
+    }
+
+    fn pulse(&self) -> Pulse {
+        let leaderless = self.groups.values().filter(|group| group.is_leaderless());
+        Pulse {
+            life: self.settings.boot_nonce,
+            leaderless: leaderless
+                .map(|group| group.id)
+                .take(FRAME_MESSAGES_MAX)
+                .collect(),
+        }
+    }
+
+    /// Runs `work` on these groups, or on every one; one that panics is put aside, the others go
+    /// on.
+    fn each(&mut self, ids: Option<Vec<GroupId>>, mut work: impl FnMut(&mut Group, &Settings)) {
         let mut broken = Vec::new();
-        for (id, group) in &mut self.groups {
-            if catch_unwind(AssertUnwindSafe(|| work(group, &self.settings))).is_err() {
-                broken.push(*id);
+        let settings = &self.settings;
+        let mut one = |id: GroupId, group: &mut Group| {
+            if catch_unwind(AssertUnwindSafe(|| work(group, settings))).is_err() {
+                broken.push(id);
+            }
+        };
+        match ids {
+            None => self
+                .groups
+                .iter_mut()
+                .for_each(|(id, group)| one(*id, group)),
+            Some(ids) => {
+                for id in ids {
+                    if let Some(group) = self.groups.get_mut(&id) {
+                        one(id, group);
+                    }
+                }
             }
         }
         self.set_aside(&broken);
@@ -228,8 +418,15 @@ impl Core {
             warn!(%from, "a frame with a wrong address was dropped");
             return;
         }
+        self.hear(sender, frame.pulse);
         for (id, message) in frame.messages {
             self.receive_one(sender, id, message);
+        }
+        for sleep in frame.sleeping.iter().take(FRAME_MESSAGES_MAX) {
+            if let Some(group) = self.groups.get_mut(&sleep.group) {
+                group.follow_to_sleep(sender, sleep, &self.settings);
+                self.active.insert(sleep.group);
+            }
         }
     }
 
@@ -264,6 +461,7 @@ impl Core {
             warn!(group = %id, term = group.raw.raft.term, index = last, sender, kind = ?message.kind, %reason, "a Raft message was refused");
             return;
         }
+        self.active.insert(id);
         let settings = &self.settings;
         let stepped = catch_unwind(AssertUnwindSafe(|| group.step(message, settings)));
         if stepped.is_err() {
@@ -286,6 +484,14 @@ impl Core {
         for group in self.groups.values_mut() {
             group.reconcile = true;
         }
+        self.active.extend(self.groups.keys());
+    }
+
+    /// A group that gets something to do; `None`: it is not here.
+    pub(crate) fn group_mut(&mut self, id: GroupId) -> Option<&mut Group> {
+        let group = self.groups.get_mut(&id)?;
+        self.active.insert(id);
+        Some(group)
     }
 
     /// When this node leads two groups more than some live voter of one of them, it hands one over.
@@ -318,6 +524,7 @@ impl Core {
                 && group.transfer(Some(id), own)
             {
                 debug!(group = %group.id, to = id, "leadership handed over for balance");
+                self.active.insert(group.id);
                 return;
             }
         }
@@ -331,6 +538,7 @@ impl Core {
             if group.is_leader() && group.voters().len() > 1 {
                 led += 1;
                 group.transfer(None, own);
+                self.active.insert(group.id);
             }
         }
         led
@@ -340,7 +548,7 @@ impl Core {
     /// `Ok(false)`: it leads already. `Err(None)`: another one leads, or nobody.
     pub(crate) fn transfer(&mut self, id: GroupId, to: u64) -> Result<bool, Option<TransferError>> {
         let own = self.settings.replica;
-        let Some(group) = self.groups.get_mut(&id) else {
+        let Some(group) = self.group_mut(id) else {
             return Err(Some(TransferError::UnknownGroup { group: id }));
         };
         group.transfer_to(to, own)
@@ -356,7 +564,11 @@ impl Core {
         let mut round = Round::default();
         let mut messages = Vec::new();
         let mut broken = Vec::new();
-        for (id, group) in &mut self.groups {
+        self.working = std::mem::take(&mut self.active).into_iter().collect();
+        for id in &self.working {
+            let Some(group) = self.groups.get_mut(id) else {
+                continue;
+            };
             let result = catch_unwind(AssertUnwindSafe(|| {
                 if group.reconcile {
                     group.reconcile(&self.members, &self.settings);
@@ -385,17 +597,28 @@ impl Core {
     /// The second half, after the writes are durable.
     pub(crate) fn complete(&mut self, batches: &mut VecDeque<Batch>) -> Vec<(NodeId, Frame)> {
         let mut messages = Vec::new();
-        self.each(|group, settings| {
+        let working = std::mem::take(&mut self.working);
+        self.touched.extend(&working);
+        let (mut active, mut changed) = (Vec::new(), false);
+        self.each(Some(working), |group, settings| {
             let mut out = Vec::new();
+            let configuration = group.configuration_number;
             group.complete(settings, &mut out, batches);
             messages.extend(out.into_iter().map(|message| (group.id, message)));
+            changed |= group.configuration_number != configuration;
+            if group.dirty || group.reconcile {
+                active.push(group.id);
+            }
         });
+        self.active.extend(active);
+        self.peers_stale |= changed;
         self.frames(messages)
     }
 
     /// Whether another round has something to do.
     pub(crate) fn busy(&self) -> bool {
-        self.groups.values().any(Group::busy)
+        let mut active = self.active.iter().filter_map(|id| self.groups.get(id));
+        active.any(Group::busy)
     }
 
     fn frames(&mut self, messages: Vec<(GroupId, Message)>) -> Vec<(NodeId, Frame)> {
@@ -406,6 +629,8 @@ impl Core {
             from: own,
             to,
             messages,
+            sleeping: Vec::new(),
+            pulse: None,
         };
         for (group, message) in messages {
             let to = message.to;
@@ -417,7 +642,8 @@ impl Core {
                     .groups
                     .get(&group)
                     .is_some_and(|group| group.is_idle_follower(to))
-                && !(self.followers_due && message.context.is_empty());
+                && !(self.followers_due && message.context.is_empty())
+                && !self.asked_for.remove(&(to, group));
             if spared {
                 continue;
             }
@@ -450,10 +676,17 @@ impl Core {
             slot.0 += size;
             slot.1.push((group, message));
         }
-        if std::mem::take(&mut self.answers_due) {
-            for to in self.answers.keys() {
+        let pulse = std::mem::take(&mut self.pulse_due).then(|| self.pulse());
+        if let Some(pulse) = &pulse {
+            let everybody = !pulse.leaderless.is_empty();
+            let members = self.members.keys().filter(|id| everybody && **id != own);
+            let to = self.answers.keys().chain(self.peers.keys()).chain(members);
+            for to in to {
                 open.entry(*to).or_default();
             }
+        }
+        for to in self.sleeping.keys() {
+            open.entry(*to).or_default();
         }
         for (to, (_, mut messages)) in open {
             let Some(node) = self.node_of(to) else {
@@ -465,8 +698,17 @@ impl Core {
                 }
                 messages.extend(answers);
             }
-            frames.push((node, frame(to, messages)));
+            frames.push((
+                node,
+                Frame {
+                    sleeping: self.sleeping.remove(&to).unwrap_or_default(),
+                    pulse: pulse.clone(),
+                    ..frame(to, messages)
+                },
+            ));
         }
+        self.sleeping.clear();
+        self.asked_for.clear();
         frames
     }
 
@@ -477,7 +719,10 @@ impl Core {
             known.retain(|id, _| self.groups.contains_key(id));
             changed = true;
         }
-        for group in self.groups.values() {
+        for id in std::mem::take(&mut self.touched) {
+            let Some(group) = self.groups.get(&id) else {
+                continue;
+            };
             let same = known.get(&group.id).is_some_and(|old| {
                 old.leader == group.leader()
                     && old.leads == group.leads()

@@ -21,7 +21,7 @@ use crate::log::{GroupLog, HardState};
 use crate::machine::{Answer, LogEntry, Machine};
 use crate::planted::{self, Bug};
 use crate::voters::{self, MemberInfo, Step};
-use crate::wire::{Configuration, Entry, Message, Snapshot};
+use crate::wire::{Configuration, Entry, Message, MessageKind, Sleep, Snapshot};
 
 /// Answers to a proposal from the engine.
 #[derive(Debug)]
@@ -66,6 +66,9 @@ const CHANGE_BYTES_MAX: usize = 16 * 1024;
 const READS_MAX: usize = 4096;
 /// Ticks after which an unanswered read is asked again under a new context.
 const READ_RETRY_TICKS: u64 = 3;
+/// Ticks without anything to do after which a leader lets its group fall silent. Longer than a
+/// heartbeat interval, so that all followers know what is committed.
+const QUIET_TICKS: u64 = 10;
 
 #[derive(Debug, Default)]
 struct Reads {
@@ -75,6 +78,23 @@ struct Reads {
     asked: BTreeMap<Vec<u8>, (u64, Vec<oneshot::Sender<()>>)>,
     /// Confirmed, waiting until the index is applied.
     confirmed: Vec<(u64, Vec<oneshot::Sender<()>>)>,
+}
+
+impl Reads {
+    fn is_empty(&self) -> bool {
+        self.queued.is_empty() && self.asked.is_empty() && self.confirmed.is_empty()
+    }
+}
+
+/// Whether a replica's own time runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wake {
+    /// It counts ticks: a leader sends heartbeats, the others wait for them.
+    Awake,
+    /// Nothing happens in the group. A leader sends nothing, the others trust its node's pulse.
+    Asleep,
+    /// It slept, and counts ticks because the leader's node is silent.
+    Startled,
 }
 
 /// A group's replica.
@@ -93,10 +113,16 @@ pub(crate) struct Group {
     snapshot_wanted: bool,
     /// Rises when other replicas vote or follow.
     pub(crate) configuration_number: u64,
+    /// The membership is to be looked at.
     pub(crate) reconcile: bool,
+    /// It was as it should be when it was looked at last.
+    pub(crate) settled: bool,
     pub(crate) leader_since_tick: u64,
     ticks: u64,
     pub(crate) dirty: bool,
+    pub(crate) wake: Wake,
+    /// When something happened last.
+    active_at: u64,
 }
 
 impl Group {
@@ -138,9 +164,12 @@ impl Group {
             snapshot_wanted: false,
             configuration_number: 0,
             reconcile: true,
+            settled: false,
             leader_since_tick: 0,
             ticks: 0,
             dirty: true,
+            wake: Wake::Awake,
+            active_at: 0,
         };
         group.fix_timeout(settings);
         Ok(group)
@@ -197,12 +226,13 @@ impl Group {
             last: raft.raft_log.last_index(),
             snapshot: self.raw.store().snapshot_index(),
             log_bytes: self.raw.store().bytes(),
+            asleep: self.wake == Wake::Asleep,
             peers: if self.is_leader() {
                 peers
                     .map(|(id, progress)| PeerProgress {
                         replica: *id,
                         matched: progress.matched,
-                        active: progress.recent_active,
+                        active: self.is_active(progress),
                     })
                     .collect()
             } else {
@@ -243,8 +273,10 @@ impl Group {
         if role.1 != self.role.1 && role.1 == StateRole::Leader {
             self.leader_since_tick = self.ticks;
             self.reconcile = true;
+            self.settled = false;
         }
         self.role = role;
+        self.rouse();
         self.fix_timeout(settings);
         if role.1 != StateRole::Leader {
             let leader = self.leader();
@@ -257,7 +289,10 @@ impl Group {
     /// `now`: the ticks of the node. All groups it leads send their heartbeats at the same ones, so
     /// that they share a frame.
     pub(crate) fn tick(&mut self, settings: &Settings, now: u64) {
-        self.ticks += 1;
+        self.ticks = now;
+        if self.wake == Wake::Asleep {
+            return;
+        }
         if self.raw.tick() {
             self.dirty = true;
         }
@@ -267,6 +302,158 @@ impl Group {
         }
         self.after_tick_reads();
         self.after_change(settings);
+    }
+
+    /// Something happens in the group.
+    fn rouse(&mut self) {
+        if self.wake == Wake::Asleep && self.is_leader() {
+            // It counts who answers from now on.
+            self.raw.raft.election_elapsed = 0;
+        }
+        self.wake = Wake::Awake;
+        self.active_at = self.ticks;
+    }
+
+    /// Whether another replica has answered lately; while the group sleeps nobody is asked, and a
+    /// node that fell silent would have woken it.
+    fn is_active(&self, progress: &raft::Progress) -> bool {
+        progress.recent_active || self.wake == Wake::Asleep
+    }
+
+    /// Its time runs again, as if it had run all along and `silence` ticks had passed since the
+    /// leader was heard.
+    pub(crate) fn awaken(&mut self, silence: usize) {
+        if self.wake == Wake::Asleep {
+            self.rouse();
+            if !self.is_leader() {
+                self.raw.raft.election_elapsed = silence;
+            }
+            self.dirty = true;
+        }
+    }
+
+    /// The node that leads the group has been silent for `silence` ticks.
+    pub(crate) fn startle(&mut self, silence: usize) {
+        if self.wake == Wake::Asleep {
+            self.awaken(silence);
+            self.wake = Wake::Startled;
+        }
+    }
+
+    /// The node that leads the group is heard again.
+    pub(crate) fn calm(&mut self) {
+        if self.wake == Wake::Startled && self.raw.raft.state == StateRole::Follower {
+            self.raw.raft.election_elapsed = 0;
+            self.wake = Wake::Asleep;
+        }
+    }
+
+    /// As leader: lets the group fall silent when nothing happens in it, and says to whom that is
+    /// to be told. Everybody has the whole log then, apart from members that are away; those are
+    /// seen to when they come back. A voter that is silent and not known to be away keeps it awake.
+    pub(crate) fn fall_silent(
+        &mut self,
+        is_away: impl Fn(u64) -> bool,
+        is_silent: impl Fn(u64) -> bool,
+    ) -> Option<Vec<(u64, Sleep)>> {
+        let quiet = self.ticks.saturating_sub(self.active_at) >= QUIET_TICKS;
+        if self.wake != Wake::Awake || !quiet || !self.settled || !self.leads() {
+            return None;
+        }
+        let raft = &self.raw.raft;
+        let busy = !self.proposals.is_empty()
+            || !self.reads.is_empty()
+            || !self.backlog.is_empty()
+            || self.compaction.is_some()
+            || raft.lead_transferee.is_some()
+            || raft.has_pending_conf();
+        let last = raft.raft_log.last_index();
+        if busy || raft.raft_log.committed != last {
+            return None;
+        }
+        let (own, voters) = (raft.id, self.voters());
+        let mut there = 1;
+        for id in voters.iter().filter(|id| **id != own && !is_away(**id)) {
+            if is_silent(*id) {
+                return None;
+            }
+            there += 1;
+        }
+        if there * 2 <= voters.len() {
+            return None;
+        }
+        let sleep = Sleep {
+            group: self.id,
+            term: raft.term,
+            last,
+        };
+        let mut told = Vec::new();
+        for (id, progress) in raft.prs().iter().filter(|(id, _)| **id != own) {
+            if progress.matched == last {
+                told.push((*id, sleep));
+            } else if !is_away(*id) {
+                return None;
+            }
+        }
+        self.wake = Wake::Asleep;
+        Some(told)
+    }
+
+    /// Falls silent with its leader, when it has everything. The leader tells only replicas whose
+    /// whole log it has confirmed in this term, and the whole of it is committed.
+    pub(crate) fn follow_to_sleep(&mut self, sender: u64, sleep: &Sleep, settings: &Settings) {
+        let raft = &self.raw.raft;
+        let same = raft.state == StateRole::Follower
+            && raft.leader_id == sender
+            && raft.term == sleep.term
+            && raft.raft_log.last_index() == sleep.last;
+        if !same || !self.reads.is_empty() {
+            return;
+        }
+        if raft.raft_log.committed < sleep.last {
+            let mut heartbeat = pb::Message::default();
+            heartbeat.set_msg_type(pb::MessageType::MsgHeartbeat);
+            heartbeat.from = sender;
+            heartbeat.to = raft.id;
+            heartbeat.term = sleep.term;
+            heartbeat.commit = sleep.last;
+            if let Err(error) = self.raw.step(heartbeat) {
+                tracing::debug!(group = %self.id, %error, "a group stays awake");
+                return;
+            }
+            self.after_change(settings);
+        }
+        self.wake = Wake::Asleep;
+    }
+
+    /// Whether a replica of one of these members is not known to have the whole log.
+    pub(crate) fn lacks(&self, members: &[u64]) -> bool {
+        let raft = &self.raw.raft;
+        let last = raft.raft_log.last_index();
+        members
+            .iter()
+            .filter_map(|id| raft.prs().get(*id))
+            .any(|progress| progress.matched < last)
+    }
+
+    /// Nobody is known to lead it.
+    pub(crate) fn is_leaderless(&self) -> bool {
+        self.leader().is_none()
+    }
+
+    /// Replicas of the group apart from this one.
+    pub(crate) fn others(&self) -> Vec<u64> {
+        let tracker = self.raw.raft.prs();
+        let own = self.raw.raft.id;
+        let all = tracker.iter().map(|(id, _)| *id);
+        all.filter(|id| *id != own).collect()
+    }
+
+    /// As leader: heartbeats now.
+    pub(crate) fn ping(&mut self) {
+        self.rouse();
+        self.raw.ping();
+        self.dirty = true;
     }
 
     fn after_tick_reads(&mut self) {
@@ -288,10 +475,26 @@ impl Group {
     }
 
     pub(crate) fn step(&mut self, message: Message, settings: &Settings) {
+        if !self.is_only_heartbeat(&message) {
+            self.rouse();
+        }
         if let Err(error) = self.raw.step(message.into_raft()) {
             tracing::debug!(group = %self.id, %error, "a message was not taken");
         }
         self.after_change(settings);
+    }
+
+    /// Heartbeats of a group where nothing else happens, and their answers.
+    fn is_only_heartbeat(&self, message: &Message) -> bool {
+        let raft = &self.raw.raft;
+        message.term == raft.term
+            && match message.kind {
+                MessageKind::Heartbeat => {
+                    message.from == raft.leader_id && message.commit <= raft.raft_log.committed
+                }
+                MessageKind::HeartbeatResponse => true,
+                _ => false,
+            }
     }
 
     pub(crate) fn propose(&mut self, command: Command, waiter: Waiter, now: Timestamp) {
@@ -322,6 +525,7 @@ impl Group {
                 return;
             }
         };
+        self.rouse();
         match self.raw.propose(Vec::new(), data) {
             Ok(()) => {
                 self.last_stamp = stamp;
@@ -359,6 +563,10 @@ impl Group {
                 .map(|(_, w)| w.len())
                 .sum::<usize>();
         if waiting < READS_MAX {
+            // A sleeping leader answers heartbeats only while it sends them; a follower's time
+            // must run for the read to be asked again.
+            self.awaken(0);
+            self.active_at = self.ticks;
             self.reads.queued.push(waiter);
         }
     }
@@ -604,6 +812,7 @@ impl Group {
 
     fn apply_configuration(&mut self, entry: &pb::Entry) {
         self.reconcile = true;
+        self.settled = false;
         self.configuration_number += 1;
         let change: ConfigurationChange = match krake_model::codec::decode(
             CHANGE_VERSION,
@@ -664,12 +873,19 @@ impl Group {
     /// Moves the group's membership one step towards what it should be.
     pub(crate) fn reconcile(&mut self, members: &BTreeMap<u64, MemberInfo>, settings: &Settings) {
         let own = settings.replica;
+        self.reconcile = false;
+        self.settled = false;
         if !self.leads() || members.is_empty() || self.raw.raft.has_pending_conf() {
             return;
         }
-        self.reconcile = false;
         let (voters, learners) = (self.voters(), self.learners());
         let desired = voters::desired_voters(self.id, members, &voters);
+        self.settled = voters == desired
+            && members.len() == voters.len() + learners.len()
+            && learners.iter().all(|id| members.contains_key(id));
+        if self.settled {
+            return;
+        }
         let last = self.raw.raft.raft_log.last_index();
         let caught_up: BTreeSet<u64> = learners
             .iter()
@@ -687,6 +903,7 @@ impl Group {
             Some(Step::Promote(id)) => ConfigurationChange::AddVoter(id),
             Some(Step::Demote(id) | Step::Remove(id)) if id == own => {
                 if let Some(next) = desired.iter().find(|id| **id != own && voters.contains(id)) {
+                    self.rouse();
                     self.raw.transfer_leader(*next);
                 }
                 return;
@@ -701,6 +918,7 @@ impl Group {
         let Some(first) = change.to_raft().into_iter().next() else {
             return;
         };
+        self.rouse();
         if let Err(error) = self.raw.propose_conf_change(context, first) {
             tracing::debug!(group = %self.id, ?change, %error, "a membership change waits");
         }
@@ -721,9 +939,10 @@ impl Group {
             return Err(Some(TransferError::NotVoter { group, to }));
         }
         let progress = self.raw.raft.prs().get(to);
-        if !progress.is_some_and(|progress| progress.recent_active) {
+        if !progress.is_some_and(|progress| self.is_active(progress)) {
             return Err(Some(TransferError::Silent { group, to }));
         }
+        self.rouse();
         self.raw.transfer_leader(to);
         self.dirty = true;
         Ok(true)
@@ -735,15 +954,13 @@ impl Group {
             return false;
         }
         let last = self.raw.raft.raft_log.last_index();
-        let ready = |id: &u64| {
-            *id != own
-                && self
-                    .raw
-                    .raft
-                    .prs()
-                    .get(*id)
-                    .is_some_and(|progress| progress.recent_active && progress.matched >= last)
-        };
+        let ready =
+            |id: &u64| {
+                *id != own
+                    && self.raw.raft.prs().get(*id).is_some_and(|progress| {
+                        self.is_active(progress) && progress.matched >= last
+                    })
+            };
         let target = match to {
             Some(id) => Some(id).filter(|id| ready(id) && self.voters().contains(id)),
             None => self.voters().into_iter().find(ready),
@@ -751,6 +968,7 @@ impl Group {
         let Some(target) = target else {
             return false;
         };
+        self.rouse();
         self.raw.transfer_leader(target);
         self.dirty = true;
         true

@@ -22,6 +22,8 @@ pub struct GroupDetail {
     pub snapshot: u64,
     /// Bytes of the entries kept in the log.
     pub log_bytes: usize,
+    /// Nothing happens in it, so nothing is sent.
+    pub asleep: bool,
     /// How far each other replica is; only the leader knows.
     pub peers: Vec<PeerProgress>,
 }
@@ -98,6 +100,8 @@ pub struct Counters {
     pub writes: AtomicU64,
     /// Microseconds these took, the sync included.
     pub write_micros: AtomicU64,
+    /// Times a group that is led here fell silent.
+    pub slept: AtomicU64,
     /// Messages of other members that the gate refused.
     pub refused: AtomicU64,
     /// Snapshots sent to other replicas.

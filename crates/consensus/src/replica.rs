@@ -81,7 +81,7 @@ impl Replica {
         now: Timestamp,
     ) {
         Counters::add(&self.core.settings.counters.proposals, 1);
-        match self.core.groups.get_mut(&group) {
+        match self.core.group_mut(group) {
             Some(group) => group.propose(command, reply, now),
             None => {
                 let _ = reply.send(Outcome::NotLeader(None));
@@ -91,7 +91,7 @@ impl Replica {
 
     pub(crate) fn read(&mut self, group: GroupId, reply: oneshot::Sender<()>) {
         Counters::add(&self.core.settings.counters.reads, 1);
-        if let Some(group) = self.core.groups.get_mut(&group) {
+        if let Some(group) = self.core.group_mut(group) {
             group.read(reply);
         }
     }

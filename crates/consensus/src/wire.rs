@@ -25,6 +25,28 @@ pub(crate) struct Frame {
     /// Replica id of the receiver: a frame meant for an earlier life of the address is dropped.
     pub(crate) to: u64,
     pub(crate) messages: Vec<(GroupId, Message)>,
+    /// Groups that fall silent.
+    pub(crate) sleeping: Vec<Sleep>,
+    pub(crate) pulse: Option<Pulse>,
+}
+
+/// The leader of a group sends no heartbeats from now on: whoever has the same log needs none, for
+/// it hears the [`Pulse`] of the leader's node.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Sleep {
+    pub(crate) group: GroupId,
+    pub(crate) term: u64,
+    /// Index of the last entry; it is committed.
+    pub(crate) last: u64,
+}
+
+/// The heartbeat of a node, once an interval for all its groups.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Pulse {
+    /// Another one after every start: what the node led before it leads no more.
+    pub(crate) life: u64,
+    /// Groups it has a replica of whose leader it does not know.
+    pub(crate) leaderless: Vec<GroupId>,
 }
 
 impl Frame {

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use krake_model::ids::{FederationId, GroupId, NodeId};
@@ -22,6 +23,7 @@ use crate::command::{Command, Expect, Operation as Step, ProposeError, RequestId
 use crate::core::{Batch, Settings};
 use crate::disk::{Disk, DiskError, create_in};
 use crate::group::{Group, Outcome};
+use crate::inspect::Counters;
 use crate::medium::memory::MemoryDirectory;
 use crate::replica::{Effects, Replica};
 use crate::voters::MemberInfo;
@@ -230,6 +232,9 @@ struct World<'a> {
     compact_entries: u64,
     kept_entries: u64,
     calm: bool,
+    /// Clients do nothing until then.
+    lull_until: u64,
+    counters: Arc<Counters>,
     /// An operation begun long after the last fault was not answered.
     stuck: Option<String>,
     faults: usize,
@@ -258,6 +263,7 @@ pub(super) fn run(seed: u64, scenario: &Scenario) -> Report {
         answered: operations().filter(|o| o.returned.is_some()).count(),
         unknown: operations().filter(|o| o.returned.is_none()).count(),
         faults: world.faults,
+        slept: world.counters.slept.load(Ordering::Relaxed),
         simulated_ms: world.now / 1000,
         trace: u64::from_le_bytes(trace),
         violation,
@@ -307,6 +313,8 @@ impl<'a> World<'a> {
             compact_entries: random.random_range(15..80),
             kept_entries: random.random_range(0..30),
             calm: false,
+            lull_until: 0,
+            counters: Arc::default(),
             stuck: None,
             faults: 0,
             trace: blake3::Hasher::new(),
@@ -487,7 +495,7 @@ impl<'a> World<'a> {
             compact_entries,
             compact_bytes: 64 * 1024,
             kept_entries,
-            counters: Arc::default(),
+            counters: Arc::clone(&self.counters),
         };
         let directory = Box::new(Arc::clone(&node.directory));
         let opened = Disk::open_in(directory, Path::new("simulated"), owner(replica)).and_then(
@@ -909,7 +917,8 @@ impl<'a> World<'a> {
             operations[current.place].returned = returned;
         }
         if !self.calm || self.now < self.end_of_work() {
-            let after = self.random.random_range(1_000..400_000);
+            let lull = self.lull_until.saturating_sub(self.now);
+            let after = lull + self.random.random_range(1_000..400_000);
             self.schedule(after, Event::Think { client });
         }
     }
@@ -936,7 +945,7 @@ impl<'a> World<'a> {
             .collect();
         let victim = members[self.random.random_range(0..members.len())];
         let seed = self.random.random_range(0..u64::MAX);
-        let kind = self.random.random_range(0..17);
+        let kind = self.random.random_range(0..18);
         self.trace.update(&[kind]);
         match kind {
             0 => self.kill(victim),
@@ -988,6 +997,9 @@ impl<'a> World<'a> {
                     self.leave(victim);
                 }
                 self.tell_members();
+            }
+            17 => {
+                self.lull_until = self.now + self.random.random_range(SECOND..8 * SECOND);
             }
             16 => {
                 let slow = [20_000, 100_000, 400_000][self.random.random_range(0..3)];

@@ -238,6 +238,7 @@ impl Connection {
         let welcome = Reply::Welcome {
             shards: self.api.catalog.shards,
             in_flight_max: IN_FLIGHT_MAX,
+            replica: self.api.catalog.host.replica(),
         };
         self.say(UNASKED, welcome, None).await;
         let mut buffer = Vec::new();
@@ -326,7 +327,8 @@ impl Connection {
         protocol::check_write(group, &command, self.api.catalog.shards)?;
         let proposed = self.api.catalog.host.propose(group, command, PATIENCE);
         let committed = proposed.await.map_err(Refusal::Write)?;
-        Ok(Reply::Committed(committed))
+        let leader = self.api.catalog.host.leader(group);
+        Ok(Reply::Committed { committed, leader })
     }
 
     /// Waits until this node's replica is as new as asked.
@@ -348,7 +350,11 @@ impl Connection {
         // In this order: the entry is at least as new as the revision says.
         let revision = self.api.catalog.host.revision(group);
         let entry = self.api.catalog.host.get(group, key);
-        Ok(Reply::Value { revision, entry })
+        Ok(Reply::Value {
+            revision,
+            entry,
+            leader: self.api.catalog.host.leader(group),
+        })
     }
 
     async fn list(

@@ -109,6 +109,7 @@ struct Shared {
     next: AtomicU64,
     slots: Semaphore,
     shards: u16,
+    replica: u64,
 }
 
 /// A connection to a node's catalog. Cheap to clone; all clones share the connection, which ends
@@ -216,11 +217,12 @@ impl CatalogClient {
         let first = read_response(&mut reading, &mut Vec::new())
             .await
             .map_err(closed)?;
-        let (shards, in_flight_max) = match first.map(|response| response.reply) {
+        let (shards, in_flight_max, replica) = match first.map(|response| response.reply) {
             Some(Reply::Welcome {
                 shards,
                 in_flight_max,
-            }) => (shards, in_flight_max),
+                replica,
+            }) => (shards, in_flight_max, replica),
             Some(Reply::Refused(refusal)) => return Err(refusal.into()),
             Some(_) => return Err(CatalogError::Unexpected),
             None => return Err(closed("the node said nothing")),
@@ -232,6 +234,7 @@ impl CatalogClient {
             next: AtomicU64::new(UNASKED + 1),
             slots: Semaphore::new(in_flight_max as usize),
             shards,
+            replica,
         });
         let tasks = vec![
             tokio::spawn(write(queue, writing, Arc::clone(&shared))),
@@ -246,6 +249,16 @@ impl CatalogClient {
     /// How many shards the federation has.
     pub fn shards(&self) -> u16 {
         self.shared.shards
+    }
+
+    /// The replica of the node at the other end.
+    pub fn replica(&self) -> u64 {
+        self.shared.replica
+    }
+
+    /// Whether the connection still stands, as far as known.
+    pub fn is_open(&self) -> bool {
+        self.shared.waiting.lock().ended.is_none()
     }
 
     /// The group of a key that clients may write.
@@ -264,7 +277,7 @@ impl CatalogClient {
     /// With a conflict nothing was written; after a timeout or a lost connection that is not known.
     pub async fn write(&self, group: GroupId, command: Command) -> Result<Committed, CatalogError> {
         match self.ask(Ask::Write { group, command }).await? {
-            Reply::Committed(committed) => Ok(committed),
+            Reply::Committed { committed, .. } => Ok(committed),
             _ => Err(CatalogError::Unexpected),
         }
     }
@@ -286,7 +299,9 @@ impl CatalogClient {
             freshness,
         };
         match self.ask(ask).await? {
-            Reply::Value { revision, entry } => Ok((entry, revision)),
+            Reply::Value {
+                revision, entry, ..
+            } => Ok((entry, revision)),
             _ => Err(CatalogError::Unexpected),
         }
     }
@@ -363,7 +378,7 @@ impl CatalogClient {
         }
     }
 
-    async fn ask(&self, ask: Ask) -> Result<Reply, CatalogError> {
+    pub(crate) async fn ask(&self, ask: Ask) -> Result<Reply, CatalogError> {
         // The semaphore is never closed.
         let _slot = self.shared.slots.acquire().await.map_err(closed)?;
         let (sender, answer) = oneshot::channel();

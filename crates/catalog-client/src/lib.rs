@@ -1,9 +1,12 @@
 //! The catalog's own protocol over a node's API listeners, and its client.
 //!
 //! [`protocol`] has the frames, which the node reads too; [`client`] is for programs that keep
-//! small records of their own in the federation, under `kv/NAMESPACE/NAME`.
+//! small records of their own in the federation, under `kv/NAMESPACE/NAME`; [`pool`] asks several
+//! nodes, each for what it leads, and goes on while one of them is there.
 
 pub mod client;
+pub mod pool;
 pub mod protocol;
 
 pub use client::{CatalogClient, CatalogError, Endpoint, Watch};
+pub use pool::CatalogPool;

@@ -120,15 +120,25 @@ pub enum Reply {
         shards: u16,
         /// Requests of a connection that may run at once.
         in_flight_max: u32,
+        /// The node's replica, as [`Reply::Committed`] and [`Reply::Value`] name leaders.
+        replica: u64,
     },
     /// A write took effect.
-    Committed(Committed),
+    Committed {
+        /// When.
+        committed: Committed,
+        /// The replica that leads the group, as far as the node knows: asked there, the next write
+        /// comes to its leader without a detour.
+        leader: Option<u64>,
+    },
     /// What a key holds.
     Value {
         /// The replica had at least everything up to here.
         revision: Revision,
         /// `None`: there is no such key.
         entry: Option<Entry>,
+        /// The replica that leads the group, as far as the node knows.
+        leader: Option<u64>,
     },
     /// A part of a list.
     Page {

@@ -116,7 +116,8 @@ pub(crate) struct Core {
     peers_stale: bool,
     /// What goes out with the next frames.
     sleeping: BTreeMap<u64, Vec<Sleep>>,
-    /// Replicas that look for the leader of a group that is led here.
+    /// Replicas that look for the leader of a group that is led here, or are told what is
+    /// committed: they are not spared a heartbeat.
     asked_for: BTreeSet<(u64, GroupId)>,
     /// Answers to heartbeats that wait for a frame to the same replica, at most until this node's
     /// own heartbeats: an idle pair of nodes then exchanges two frames an interval, not four.
@@ -600,17 +601,20 @@ impl Core {
         let working = std::mem::take(&mut self.working);
         self.touched.extend(&working);
         let (mut active, mut changed) = (Vec::new(), false);
+        let mut telling = Vec::new();
         self.each(Some(working), |group, settings| {
             let mut out = Vec::new();
             let configuration = group.configuration_number;
             group.complete(settings, &mut out, batches);
             messages.extend(out.into_iter().map(|message| (group.id, message)));
             changed |= group.configuration_number != configuration;
+            telling.extend(group.telling.drain(..).map(|id| (id, group.id)));
             if group.dirty || group.reconcile {
                 active.push(group.id);
             }
         });
         self.active.extend(active);
+        self.asked_for.extend(telling);
         self.peers_stale |= changed;
         self.frames(messages)
     }

@@ -123,6 +123,10 @@ pub(crate) struct Group {
     pub(crate) wake: Wake,
     /// When something happened last.
     active_at: u64,
+    /// As leader: what each other replica has been told is committed.
+    told: BTreeMap<u64, u64>,
+    /// To whom [`Self::tell_commit`] spoke in this round.
+    pub(crate) telling: Vec<u64>,
 }
 
 impl Group {
@@ -143,6 +147,9 @@ impl Group {
             max_inflight_msgs: 256,
             check_quorum: true,
             pre_vote: true,
+            batch_append: true,
+            // See `tell_commit`.
+            skip_bcast_commit: true,
             max_uncommitted_size: 32 * 1024 * 1024,
             ..raft::Config::default()
         };
@@ -170,6 +177,8 @@ impl Group {
             dirty: true,
             wake: Wake::Awake,
             active_at: 0,
+            told: BTreeMap::new(),
+            telling: Vec::new(),
         };
         group.fix_timeout(settings);
         Ok(group)
@@ -276,6 +285,7 @@ impl Group {
             self.settled = false;
         }
         self.role = role;
+        self.told.clear();
         self.rouse();
         self.fix_timeout(settings);
         if role.1 != StateRole::Leader {
@@ -615,6 +625,7 @@ impl Group {
             return Some(write);
         }
         let mut ready = self.raw.ready();
+        self.note_told(ready.messages());
         send(ready.take_messages(), out);
         let mut must_write = has_configuration_change(&self.backlog)
             || has_configuration_change(ready.committed_entries())
@@ -714,6 +725,7 @@ impl Group {
             }
             committed.extend(ready.take_committed_entries());
             let mut light = self.raw.advance_append(ready);
+            self.note_told(light.messages());
             send(light.take_messages(), out);
             if let Some(commit) = light.commit_index() {
                 self.raw.mut_store().hard_state.commit = commit;
@@ -721,6 +733,7 @@ impl Group {
             self.backlog = light.take_committed_entries();
             self.dirty = true;
         }
+        self.tell_commit(out);
         let last = committed.last().map(|entry| entry.index).or(installed);
         Counters::add(&settings.counters.applied, committed.len() as u64);
         for entry in committed {
@@ -742,6 +755,43 @@ impl Group {
         let done: Vec<(u64, Vec<oneshot::Sender<()>>)> = done;
         for waiter in done.into_iter().flat_map(|(_, waiters)| waiters) {
             let _ = waiter.send(());
+        }
+    }
+
+    fn note_told(&mut self, messages: &[pb::Message]) {
+        for message in messages {
+            if message.get_msg_type() == pb::MessageType::MsgAppend {
+                let reaches = message.index + message.entries.len() as u64;
+                let told = self.told.entry(message.to).or_default();
+                *told = message.commit.min(reaches).max(*told);
+            }
+        }
+    }
+
+    /// As leader: tells the others what is committed, unless the next entries will. The library
+    /// would send an empty append instead, and each is answered at once; the answer to a heartbeat
+    /// waits for a frame that goes anyway. One that is lost is made good by the next heartbeat.
+    fn tell_commit(&mut self, out: &mut Vec<Message>) {
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader || raft.raft_log.committed < raft.raft_log.last_index() {
+            return;
+        }
+        let committed = raft.raft_log.committed;
+        for (id, progress) in raft.prs().iter().filter(|(id, _)| **id != raft.id) {
+            let known = progress.matched.min(committed);
+            let told = self.told.entry(*id).or_default();
+            if known <= *told {
+                continue;
+            }
+            *told = known;
+            let mut message = pb::Message::default();
+            message.set_msg_type(pb::MessageType::MsgHeartbeat);
+            message.from = raft.id;
+            message.to = *id;
+            message.term = raft.term;
+            message.commit = known;
+            out.extend(Message::from_raft(&message));
+            self.telling.push(*id);
         }
     }
 

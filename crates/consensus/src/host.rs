@@ -291,7 +291,7 @@ impl Host {
             Call::Transfer { group, to } => match self.begin_transfer(group, to).await {
                 Ok(begun) => CallReply::Transferred(Ok(begun)),
                 Err(Some(error)) => CallReply::Transferred(Err(error)),
-                Err(None) => CallReply::NotLeader(self.leader_of(group)),
+                Err(None) => CallReply::NotLeader(self.leader(group)),
             },
         };
         reply.encode().map_err(|error| error.to_string())
@@ -313,7 +313,13 @@ impl Host {
         }
     }
 
-    fn leader_of(&self, group: GroupId) -> Option<u64> {
+    /// This node's replica id.
+    pub fn replica(&self) -> u64 {
+        self.shared.replica
+    }
+
+    /// The replica that leads a group, as far as this node knows.
+    pub fn leader(&self, group: GroupId) -> Option<u64> {
         let status = self.shared.status.borrow();
         status.get(&group).and_then(|status| status.leader)
     }
@@ -482,7 +488,7 @@ impl Host {
         hint: Option<u64>,
         left: Duration,
     ) -> Outcome {
-        let leader = hint.or_else(|| self.leader_of(group));
+        let leader = hint.or_else(|| self.leader(group));
         let Some(leader) = leader.filter(|id| *id != self.shared.replica) else {
             return self.attempt(group, command.clone()).await;
         };

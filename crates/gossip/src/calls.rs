@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures::io::BufReader;
 use futures::{AsyncReadExt, StreamExt};
 use krake_model::ids::NodeId;
 use libp2p::{PeerId, Stream};
@@ -15,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::debug;
 
 use crate::network::{Handler, Shared};
-use crate::streams::{self, CALL_BYTES_MAX, CALLS};
+use crate::streams::{self, CALL_BYTES_MAX, CALLS, Gathered};
 
 /// Questions that wait to be written to one peer at most; more wait where they are asked.
 const QUESTIONS_MAX: usize = 256;
@@ -124,31 +125,31 @@ async fn ask_all(
     first: Question,
     questions: &mut mpsc::Receiver<Question>,
 ) -> String {
-    let (mut reader, mut writer) = stream.split();
+    let (reader, mut writer) = stream.split();
+    let mut reader = BufReader::with_capacity(streams::READ_BYTES, reader);
     let waiting: Mutex<BTreeMap<u64, Answer>> = Mutex::default();
     let write = async {
         let mut next = Some(first);
-        for number in 0_u64.. {
-            let question = match next.take() {
-                Some(question) => Some(question),
-                None => questions.recv().await,
-            };
-            let Some(Question { bytes, answer }) = question else {
-                break;
-            };
-            if answer.is_closed() {
-                continue;
-            }
-            {
+        let (mut number, mut gathered) = (0_u64, Gathered::default());
+        while let Some(Question { bytes, answer }) = next {
+            if !answer.is_closed() {
                 let mut waiting = waiting.lock();
                 if waiting.len() >= OPEN_MANY {
                     waiting.retain(|_, answer| !answer.is_closed());
                 }
                 waiting.insert(number, answer);
+                drop(waiting);
+                gathered.push(&[&number.to_be_bytes(), &bytes]);
+                number += 1;
             }
-            let message = [&number.to_be_bytes()[..], &bytes].concat();
-            if let Err(error) = streams::write(&mut writer, &message).await {
-                return error.to_string();
+            next = (!gathered.is_full())
+                .then(|| questions.try_recv().ok())
+                .flatten();
+            if next.is_none() {
+                if let Err(error) = gathered.write(&mut writer).await {
+                    return error.to_string();
+                }
+                next = questions.recv().await;
             }
         }
         "nobody asks any more".to_owned()
@@ -204,7 +205,8 @@ pub(crate) async fn take_calls(
 }
 
 async fn answer_all(peer: PeerId, stream: Stream, shared: Arc<Shared>, handler: Arc<dyn Handler>) {
-    let (mut reader, mut writer) = stream.split();
+    let (reader, mut writer) = stream.split();
+    let mut reader = BufReader::with_capacity(streams::READ_BYTES, reader);
     let (answers, mut ready) = mpsc::channel::<Vec<u8>>(ANSWERS_MAX);
     let read = async {
         loop {
@@ -243,8 +245,15 @@ async fn answer_all(peer: PeerId, stream: Stream, shared: Arc<Shared>, handler: 
         }
     };
     let write = async {
-        while let Some(message) = ready.recv().await {
-            if let Err(error) = streams::write(&mut writer, &message).await {
+        let mut gathered = Gathered::default();
+        while let Some(first) = ready.recv().await {
+            gathered.push(&[&first]);
+            while !gathered.is_full()
+                && let Ok(next) = ready.try_recv()
+            {
+                gathered.push(&[&next]);
+            }
+            if let Err(error) = gathered.write(&mut writer).await {
                 return debug!(%peer, %error, "an answer could not be sent");
             }
         }

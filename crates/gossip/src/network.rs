@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::StreamExt;
+use futures::io::BufReader;
 use krake_model::codec;
 use krake_model::ids::{FederationId, NodeId};
 use krake_model::report::{REPORT_BYTES_MAX, SignedReport};
@@ -27,7 +28,7 @@ use tracing::{debug, info, warn};
 use crate::behaviour::{Behaviour, BehaviourEvent, Inner, InnerEvent, MemberSet, MembersOnly};
 use crate::calls::{self, Fault, Lines};
 use crate::pace;
-use crate::streams::{self, CALL_BYTES_MAX, CallError, JOIN_BYTES_MAX};
+use crate::streams::{self, CALL_BYTES_MAX, CallError, Gathered, JOIN_BYTES_MAX};
 use crate::verdict::{self, Opinions};
 use crate::view::{self, Digest, Missing, View};
 
@@ -436,16 +437,20 @@ impl Network {
                 answer => answer,
             }
         };
-        let peer = peer.to_string();
-        match tokio::time::timeout(timeout, work).await {
+        let fault = match tokio::time::timeout(timeout, work).await {
             Ok(Ok(answer)) => {
                 self.shared.heard(to);
-                Ok(answer)
+                return Ok(answer);
             }
-            Ok(Err(Fault::Broken(reason))) => Err(CallError::Unreachable { peer, reason }),
-            Ok(Err(Fault::Refused(reason))) => Err(CallError::Refused { peer, reason }),
-            Err(_) => Err(CallError::Timeout { peer, timeout }),
-        }
+            Ok(Err(fault)) => Some(fault),
+            Err(_) => None,
+        };
+        let peer = peer.to_string();
+        Err(match fault {
+            Some(Fault::Broken(reason)) => CallError::Unreachable { peer, reason },
+            Some(Fault::Refused(reason)) => CallError::Refused { peer, reason },
+            None => CallError::Timeout { peer, timeout },
+        })
     }
 
     fn reachable(&self, to: NodeId) -> Result<PeerId, CallError> {
@@ -729,6 +734,7 @@ async fn write_frames(
     peer: PeerId,
 ) {
     let mut stream: Option<Stream> = None;
+    let mut gathered = Gathered::default();
     while let Some(frame) = queue.recv().await {
         if stream.is_none() {
             let opening = control.open_stream(peer, streams::FRAMES);
@@ -744,7 +750,13 @@ async fn write_frames(
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        if let Err(error) = streams::write(open, &frame).await {
+        gathered.push(&[&frame]);
+        while !gathered.is_full()
+            && let Ok(next) = queue.try_recv()
+        {
+            gathered.push(&[&next]);
+        }
+        if let Err(error) = gathered.write(open).await {
             debug!(%peer, %error, "the stream for frames broke");
             stream = None;
         }
@@ -756,12 +768,13 @@ async fn take_frames(
     shared: Arc<Shared>,
     handler: Arc<dyn Handler>,
 ) {
-    while let Some((peer, mut stream)) = incoming.next().await {
+    while let Some((peer, stream)) = incoming.next().await {
         let (shared, handler) = (Arc::downgrade(&shared), Arc::clone(&handler));
         tokio::spawn(async move {
             let Some(node) = node_id(&peer) else {
                 return;
             };
+            let mut stream = BufReader::with_capacity(streams::READ_BYTES, stream);
             loop {
                 match streams::read(&mut stream, CALL_BYTES_MAX).await {
                     Ok(Some(frame)) => {

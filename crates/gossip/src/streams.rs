@@ -21,6 +21,10 @@ pub const CALL_BYTES_MAX: usize = 16 * 1024 * 1024;
 pub(crate) const JOIN_BYTES_MAX: usize = 64 * 1024;
 /// A peer that does not take or give bytes for this long has lost its stream.
 const STALL: Duration = Duration::from_secs(5);
+/// Messages are gathered up to this size into one write.
+const GATHERED_BYTES: usize = 64 * 1024;
+/// What is read from a stream at once, at most.
+pub(crate) const READ_BYTES: usize = 16 * 1024;
 
 /// A question got no answer.
 #[derive(Debug, Error)]
@@ -56,22 +60,50 @@ pub(crate) async fn write<S: AsyncWrite + Unpin>(
     stream: &mut S,
     bytes: &[u8],
 ) -> std::io::Result<()> {
-    let length = (bytes.len() as u32).to_be_bytes();
-    let work = async {
-        if bytes.len() <= 4096 {
-            let mut joined = Vec::with_capacity(bytes.len() + 4);
-            joined.extend_from_slice(&length);
-            joined.extend_from_slice(bytes);
-            stream.write_all(&joined).await?;
-        } else {
-            stream.write_all(&length).await?;
-            stream.write_all(bytes).await?;
+    let mut gathered = Gathered::default();
+    gathered.push(&[bytes]);
+    gathered.write(stream).await
+}
+
+/// Messages that are written at once: each write of a stream costs the connection a frame, a
+/// cipher's block and, where it is idle, a system call.
+#[derive(Debug, Default)]
+pub(crate) struct Gathered(Vec<u8>);
+
+impl Gathered {
+    /// Adds a message, given in parts.
+    pub(crate) fn push(&mut self, parts: &[&[u8]]) {
+        let length: usize = parts.iter().map(|part| part.len()).sum();
+        self.0.reserve(length + 4);
+        self.0.extend_from_slice(&(length as u32).to_be_bytes());
+        for part in parts {
+            self.0.extend_from_slice(part);
         }
-        stream.flush().await
-    };
-    tokio::time::timeout(STALL.max(size_allowance(bytes.len())), work)
-        .await
-        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+    }
+
+    /// No more should be added before what is there is written.
+    pub(crate) const fn is_full(&self) -> bool {
+        self.0.len() >= GATHERED_BYTES
+    }
+
+    /// Writes what was added.
+    pub(crate) async fn write<S: AsyncWrite + Unpin>(
+        &mut self,
+        stream: &mut S,
+    ) -> std::io::Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let work = async {
+            stream.write_all(&self.0).await?;
+            stream.flush().await
+        };
+        let limit = STALL.max(size_allowance(self.0.len()));
+        let written = tokio::time::timeout(limit, work).await;
+        self.0.clear();
+        self.0.shrink_to(2 * GATHERED_BYTES);
+        written.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+    }
 }
 
 /// Time that a message of this size may take on a slow line (1 MB/s).

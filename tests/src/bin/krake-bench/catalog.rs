@@ -1,5 +1,8 @@
 //! The catalog against etcd: three nodes each on loopback, in turn, the same clients, the same
 //! values, the disk's own limit before and after each turn (`reference/performance.md` 4.4, 9).
+//!
+//! All clients of a turn share a connection to each node, as those of a Kubernetes API server share
+//! one to etcd, and ask whoever leads.
 
 use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
@@ -7,12 +10,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::future::try_join_all;
 use krake_catalog_client::protocol::{Freshness, group_of};
-use krake_catalog_client::{CatalogClient, CatalogError, Endpoint};
+use krake_catalog_client::{CatalogPool, Endpoint};
 use krake_consensus::{Command, Expect, Operation};
 use krake_tests::Testnet;
-use serde_json::Value;
+use tokio::task::JoinHandle;
 
-use super::etcd::Etcd;
+use super::etcd::{Etcd, EtcdClient};
 
 const SITES: usize = 3;
 const VALUE: usize = 1024;
@@ -21,6 +24,7 @@ const WARM_UP: Duration = Duration::from_secs(1);
 const TIME: Duration = Duration::from_secs(3);
 /// A turn whose floor moved by more than this factor says nothing.
 const FLOOR_MOVED: f64 = 2.0;
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Each client writes its own keys, one after the other.
 const KEYS: usize = 16;
 
@@ -100,27 +104,18 @@ fn turn(times: Vec<Vec<f64>>, syncs: f64, processor: f64) -> Turn {
     }
 }
 
-/// Which member a client asks: all in turn, and the leader where there is only one client.
-fn member(client: usize, clients: usize, leader: usize) -> usize {
-    if clients == 1 { leader } else { client % SITES }
-}
-
 struct Krake {
     net: Testnet,
     http: reqwest::Client,
 }
 
 impl Krake {
-    fn endpoint(&self, site: usize) -> Endpoint {
-        let site = &self.net.sites()[site];
-        Endpoint::Tcp {
+    async fn pool(&self) -> CatalogPool {
+        let endpoints = self.net.sites().iter().map(|site| Endpoint::Tcp {
             address: site.api.trim_start_matches("http://").to_owned(),
             token: site.token(),
-        }
-    }
-
-    async fn client(&self, site: usize) -> CatalogClient {
-        CatalogClient::connect(&self.endpoint(site)).await.unwrap()
+        });
+        CatalogPool::connect(endpoints.collect()).await.unwrap()
     }
 
     async fn text(&self, site: usize, path: &str) -> String {
@@ -143,39 +138,10 @@ impl Krake {
         self.net.sites().iter().map(|site| site.pid).collect()
     }
 
-    /// The site that leads the group of this key.
-    async fn leader(&self, key: &str) -> usize {
-        let group = group_of(key, 16).unwrap().to_string();
-        let status: Value = serde_json::from_str(&self.text(0, "/v1/status").await).unwrap();
-        let groups = status["groups"].as_array().unwrap();
-        let group = groups.iter().find(|known| known["group"] == group.as_str());
-        let leader = group.unwrap()["leader"].as_str().unwrap();
-        let sites = self.net.sites();
-        sites.iter().position(|site| site.name == leader).unwrap()
-    }
-
-    async fn turn(&self, work: Work, clients: usize) -> Turn {
-        let (mut connections, keys) = (Vec::new(), keys(clients));
-        for (client, keys) in keys.iter().enumerate() {
-            let site = member(client, clients, self.leader(&keys[0]).await);
-            connections.push(self.client(site).await);
-        }
+    async fn turn(&self, work: Work, count: usize) -> Turn {
+        let pool = self.pool().await;
         let start = Instant::now() + WARM_UP;
-        let tasks: Vec<_> = connections
-            .into_iter()
-            .zip(keys)
-            .map(|(connection, keys)| {
-                tokio::spawn(load(
-                    start,
-                    keys,
-                    connection,
-                    async move |connection, key| match work {
-                        Work::Put => put(connection, key).await,
-                        Work::Get => get(connection, key).await,
-                    },
-                ))
-            })
-            .collect();
+        let tasks = clients(start, count, &pool, work);
         tokio::time::sleep_until(start.into()).await;
         let (syncs, spent) = (self.syncs().await, processor(&self.pids()));
         let times = try_join_all(tasks).await.unwrap();
@@ -184,27 +150,38 @@ impl Krake {
     }
 }
 
-async fn put(client: &mut CatalogClient, key: &str) {
-    let command = Command::new(vec![Operation::Put {
-        key: key.to_owned(),
-        value: value(),
-        expect: Expect::Any,
-    }]);
-    let group = client.group_of(key).unwrap();
-    loop {
-        match client.write(group, command.clone()).await {
-            Ok(_) => return,
-            // Told to come back; anything else ends the benchmark.
-            Err(CatalogError::Refused(refusal)) if refusal.to_string().contains("again") => {}
-            Err(error) => panic!("{error}"),
-        }
+/// What both can do.
+trait Peer: Clone + Send + 'static {
+    fn put(&mut self, key: &str) -> impl Future<Output = ()> + Send;
+    fn get(&mut self, key: &str) -> impl Future<Output = ()> + Send;
+}
+
+impl Peer for CatalogPool {
+    async fn put(&mut self, key: &str) {
+        let command = Command::new(vec![Operation::Put {
+            key: key.to_owned(),
+            value: value(),
+            expect: Expect::Any,
+        }]);
+        let group = self.group_of(key).unwrap();
+        self.write(group, &command, PATIENCE).await.unwrap();
+    }
+
+    async fn get(&mut self, key: &str) {
+        let group = self.group_of(key).unwrap();
+        let read = Self::get(self, group, key, Freshness::Linearizable, PATIENCE);
+        assert!(read.await.unwrap().0.is_some());
     }
 }
 
-async fn get(client: &mut CatalogClient, key: &str) {
-    let group = client.group_of(key).unwrap();
-    let read = client.get(group, key, Freshness::Linearizable).await;
-    assert!(read.unwrap().0.is_some());
+impl Peer for EtcdClient {
+    async fn put(&mut self, key: &str) {
+        Self::put(self, key, value()).await;
+    }
+
+    async fn get(&mut self, key: &str) {
+        Self::get(self, key).await;
+    }
 }
 
 fn value() -> Bytes {
@@ -230,19 +207,17 @@ fn keys(clients: usize) -> Vec<Vec<String>> {
 
 /// One client: the next operation when the last is answered. What was asked before `start` is not
 /// counted.
-async fn load<C>(
-    start: Instant,
-    keys: Vec<String>,
-    mut client: C,
-    work: impl AsyncFn(&mut C, &str),
-) -> Vec<f64> {
+async fn client(start: Instant, keys: Vec<String>, mut peer: impl Peer, work: Work) -> Vec<f64> {
     let (end, mut times) = (start + TIME, Vec::new());
     for key in keys.iter().cycle() {
         let asked = Instant::now();
         if asked >= end {
             break;
         }
-        work(&mut client, key).await;
+        match work {
+            Work::Put => peer.put(key).await,
+            Work::Get => peer.get(key).await,
+        }
         if asked >= start {
             times.push(asked.elapsed().as_secs_f64() * 1e3);
         }
@@ -250,28 +225,23 @@ async fn load<C>(
     times
 }
 
-async fn etcd_turn(etcd: &Etcd, work: Work, clients: usize) -> Turn {
-    let leader = etcd.leader().await;
-    let mut connections = Vec::new();
-    for client in 0..clients {
-        connections.push(etcd.client(member(client, clients, leader)).await);
-    }
+/// So many clients at once.
+fn clients(
+    start: Instant,
+    count: usize,
+    peer: &impl Peer,
+    work: Work,
+) -> Vec<JoinHandle<Vec<f64>>> {
+    let keys = keys(count).into_iter();
+    keys.map(|keys| tokio::spawn(client(start, keys, peer.clone(), work)))
+        .collect()
+}
+
+async fn etcd_turn(etcd: &Etcd, work: Work, count: usize) -> Turn {
+    // Ours know who leads, too; any other member would have to pass it on.
+    let connection = etcd.client(etcd.leader().await).await;
     let start = Instant::now() + WARM_UP;
-    let tasks: Vec<_> = connections
-        .into_iter()
-        .zip(keys(clients))
-        .map(|(connection, keys)| {
-            tokio::spawn(load(
-                start,
-                keys,
-                connection,
-                async move |connection, key| match work {
-                    Work::Put => connection.put(key, value()).await,
-                    Work::Get => connection.get(key).await,
-                },
-            ))
-        })
-        .collect();
+    let tasks = clients(start, count, &connection, work);
     tokio::time::sleep_until(start.into()).await;
     let (syncs, spent) = (etcd.syncs().await, processor(&etcd.pids()));
     let times = try_join_all(tasks).await.unwrap();

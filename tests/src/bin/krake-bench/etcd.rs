@@ -143,7 +143,7 @@ impl Etcd {
         Some(EtcdClient(Grpc::new(channel)))
     }
 
-    /// A client with a connection of its own to a member.
+    /// A connection to a member.
     pub async fn client(&self, member: usize) -> EtcdClient {
         self.try_client(member).await.unwrap()
     }
@@ -171,7 +171,8 @@ impl Drop for Etcd {
     }
 }
 
-/// One connection.
+/// A connection; clones share it.
+#[derive(Clone)]
 pub struct EtcdClient(Grpc<Channel>);
 
 impl EtcdClient {

@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::backup;
 use crate::catalog::PATIENCE;
 use crate::catalog_api::CatalogApi;
 use crate::config::Config;
@@ -227,6 +228,7 @@ fn router(shared: &Context_, way: Way) -> Router {
             post(consensus_transfer),
         )
         .route(krake_catalog_client::protocol::PATH, get(catalog))
+        .route(backup::PATH, get(take_backup))
         .route("/metrics", get(metrics));
     if way == Way::Socket {
         protected = protected
@@ -304,6 +306,41 @@ async fn kinds(State(shared): State<Context_>, request: Request) -> Response<Bod
 
 async fn catalog(State(shared): State<Context_>, request: Request) -> Response {
     shared.catalog.upgrade(request)
+}
+
+/// `?consistency=local`: what this node has, however old.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BackupQuery {
+    #[serde(default)]
+    consistency: Consistency,
+}
+
+#[derive(Deserialize, Default, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum Consistency {
+    #[default]
+    Strong,
+    Local,
+}
+
+async fn take_backup(
+    State(shared): State<Context_>,
+    request: Request,
+) -> Result<Response, ProblemJson> {
+    let query = request.uri().query().unwrap_or_default();
+    let query: BackupQuery = serde_urlencoded::from_str(query).map_err(|error| {
+        let text = format!("{error}; there is consistency=strong and consistency=local");
+        ProblemJson::new(StatusCode::BAD_REQUEST, "krake::invalid", text)
+    })?;
+    let local = query.consistency == Consistency::Local;
+    backup::respond(&shared.parts.federation, local)
+        .await
+        .map_err(|error| {
+            unavailable(format!(
+                "{error}; consistency=local takes what this node has"
+            ))
+        })
 }
 
 async fn livez(State(shared): State<Context_>) -> Response {

@@ -87,10 +87,10 @@ pub fn parse<T: DeserializeOwned>(key: &str, entry: &Entry) -> Option<T> {
 }
 
 /// The epoch of an assignment: where its record was last written. Incarnations rise when a shard
-/// is restored from a backup, which this release cannot do.
+/// is restored from a backup.
 pub const fn epoch_of(entry: &Entry) -> Epoch {
     Epoch {
-        incarnation: 0,
+        incarnation: entry.incarnation,
         term: entry.term,
         index: entry.index,
     }

@@ -122,6 +122,7 @@ pub async fn groups(federation: &Federation) -> Result<Value, Problem> {
                 "last": detail.last,
                 "snapshot": detail.snapshot,
                 "logBytes": detail.log_bytes,
+                "asleep": detail.asleep,
                 "entries": entries,
                 "bytes": bytes,
                 "voters": names.all(&status.voters),

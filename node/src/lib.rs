@@ -3,6 +3,7 @@
 
 pub mod admission;
 pub mod api;
+pub mod backup;
 pub mod catalog;
 pub mod catalog_api;
 pub mod config;

@@ -47,6 +47,34 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         flags: Vec<String>,
     },
+    /// Save the whole catalog of the federation in a file: through the running node, or from the
+    /// files of one that is stopped.
+    Backup {
+        /// The file to make. It holds what the apps' manifests hold; its mode is 0600.
+        file: PathBuf,
+        /// --KEY VALUE for any configuration key.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<String>,
+    },
+    /// Begin the federation again from a backup, when a majority of its nodes is lost for ever.
+    ///
+    /// This node is then the only one that has the catalog; run `krake-node rejoin` on the others.
+    /// Every record gets a higher incarnation, so that all sites obey it. What was committed after
+    /// the backup is lost. If any node of the old federation may still run, stop it first.
+    Restore {
+        /// What `krake-node backup` made.
+        file: PathBuf,
+        /// --KEY VALUE for any configuration key.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<String>,
+    },
+    /// Put the node's catalog aside and get everything from the other members at the next start:
+    /// after damage to its files, and after a restore on another node.
+    Rejoin {
+        /// --KEY VALUE for any configuration key.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<String>,
+    },
     /// Look at the configuration.
     Config {
         #[command(subcommand)]
@@ -159,6 +187,48 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
                 "joined federation {name} as site {}",
                 config.site.name
             ));
+            say(format_args!("next: krake-node run"));
+        }
+        Command::Backup { file, flags } => {
+            let config = load(arguments.config, &flags)?;
+            let saved = runtime.block_on(krake_node::backup::save(&config, &file))?;
+            say(format_args!(
+                "federation {}: {} records in {} groups, {} KiB, to {}",
+                saved.federation,
+                saved.records,
+                saved.groups,
+                saved.bytes.div_ceil(1024),
+                saved.path.display()
+            ));
+        }
+        Command::Restore { file, flags } => {
+            let config = load(arguments.config, &flags)?;
+            let restored = runtime.block_on(krake_node::backup::restore(&config, &file))?;
+            say(format_args!(
+                "federation {} restored as of {}: {} records in {} groups, incarnation {}",
+                restored.summary.federation,
+                restored.summary.taken_at,
+                restored.summary.records,
+                restored.summary.groups,
+                restored.incarnation
+            ));
+            say(format_args!("next: krake-node run"));
+            if !restored.others.is_empty() {
+                say(format_args!(
+                    "then, on each of the other sites ({}): krake-node rejoin, krake-node run",
+                    restored.others.join(", ")
+                ));
+            }
+        }
+        Command::Rejoin { flags } => {
+            let config = load(arguments.config, &flags)?;
+            match krake_node::backup::rejoin(&config)? {
+                Some(aside) => say(format_args!(
+                    "the old catalog is in {}; remove it when the node is well again",
+                    aside.display()
+                )),
+                None => say(format_args!("there was no catalog")),
+            }
             say(format_args!("next: krake-node run"));
         }
         Command::Run { flags } => {

@@ -23,7 +23,7 @@ use crate::datadir::{DataDir, Identity, Membership};
 use crate::federation::{Federation, now};
 use crate::net::Admit;
 use crate::records::{self, TokenRecord, TokenState};
-use crate::rpc::{self, JoinReply, JoinRequest, accepted_until};
+use crate::rpc::{self, JoinReply, JoinRequest, Reply, Request, accepted_until};
 use crate::site::agent::Agent;
 
 /// How long a newcomer waits for an answer.
@@ -32,6 +32,13 @@ const JOIN_TIME: Duration = Duration::from_secs(20);
 const VOTER_SILENCE: Duration = Duration::from_secs(60);
 /// Contacts named in an invitation.
 const CONTACTS_MAX: usize = 5;
+/// The replica id of a member that has none: the catalog was restored without it, and what it has
+/// is of another incarnation. It asks for one when it comes back.
+pub const NO_REPLICA: u64 = 0;
+/// How long a member that has lost its catalog looks for another one that admits it again.
+const READMIT_TIME: Duration = Duration::from_secs(60);
+/// Between two questions for it.
+const READMIT_PAUSE: Duration = Duration::from_millis(500);
 
 /// What `init` tells its user.
 #[derive(Debug)]
@@ -42,7 +49,8 @@ pub struct Founded {
     pub token_file: PathBuf,
 }
 
-struct NoTransport;
+/// Of a catalog that is written before its node runs.
+pub(crate) struct NoTransport;
 
 #[async_trait]
 impl Transport for NoTransport {
@@ -62,6 +70,15 @@ fn entropy<const N: usize>() -> [u8; N] {
 /// The catalog in a data directory.
 pub fn catalog_path(data: &DataDir) -> PathBuf {
     data.path().join("catalog")
+}
+
+/// Whether a member has no catalog any more.
+pub fn catalog_is_gone(data: &DataDir) -> bool {
+    let entries = std::fs::read_dir(catalog_path(data));
+    match entries {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    }
 }
 
 /// Makes the catalog of a node that is no member yet.
@@ -95,7 +112,7 @@ fn put(key: impl Into<String>, value: bytes::Bytes, expect: Expect) -> Operation
 }
 
 /// The objects that show a member: its site and its node.
-fn objects(member: &Member) -> (Value, Value) {
+pub(crate) fn objects(member: &Member) -> (Value, Value) {
     let metadata = |labels: &BTreeMap<String, String>| {
         json!({
             "name": member.site.name,
@@ -128,7 +145,7 @@ fn objects(member: &Member) -> (Value, Value) {
 }
 
 /// What stopped the catalog, such as a full disk; else what was said of the attempt.
-fn failure_of(host: &Host, error: impl Into<anyhow::Error>) -> anyhow::Error {
+pub(crate) fn failure_of(host: &Host, error: impl Into<anyhow::Error>) -> anyhow::Error {
     match host.failure() {
         Some(failure) => anyhow::anyhow!("the catalog cannot be written: {failure}"),
         None if host.is_full() => anyhow::anyhow!("there is no room left on the disk"),
@@ -500,6 +517,61 @@ impl Door {
         }
     }
 
+    /// Gives a member another replica id: nobody may take its old one for what it is, because what
+    /// that one promised is lost.
+    async fn try_readmit(&self, from: NodeId) -> Result<Reply, String> {
+        let catalog = &self.federation.catalog;
+        let meta = GroupId::META;
+        let fresh = || async {
+            let barrier = catalog.host.read_barrier(&[meta], PATIENCE).await;
+            barrier.map_err(|error| error.to_string())
+        };
+        fresh().await?;
+        for _ in 0..20 {
+            let key = records::member_key(&from);
+            let Some((member, entry)) = catalog.read::<Member>(meta, &key) else {
+                return Err("this node is not a member; join with a token".to_owned());
+            };
+            let Some((replica, counter)) = catalog.read::<u64>(meta, records::NEXT_REPLICA) else {
+                return Err("the replica counter is missing".to_owned());
+            };
+            let member = Member { replica, ..member };
+            let mut operations = vec![
+                put(
+                    records::NEXT_REPLICA,
+                    records::write(&(replica + 1)),
+                    Expect::Revision(counter.modified),
+                ),
+                put(
+                    key,
+                    records::write(&member),
+                    Expect::Revision(entry.modified),
+                ),
+            ];
+            let node_key = format!("nodes/{}", member.site.name);
+            if let Some((mut node, entry)) = catalog.read::<Value>(meta, &node_key) {
+                node["spec"]["replica"] = json!(replica);
+                operations.push(put(
+                    node_key,
+                    records::write(&node),
+                    Expect::Revision(entry.modified),
+                ));
+            }
+            let command = Command::new(operations);
+            match catalog.host.propose(meta, command, PATIENCE).await {
+                Ok(_) => {
+                    info!(site = member.site.name, node = %from, replica, "a member that lost its catalog was admitted again");
+                    fresh().await?;
+                    let members = catalog.members();
+                    return Ok(Reply::Readmitted { replica, members });
+                }
+                Err(ProposeError::Conflict { .. }) => fresh().await?,
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        Err("too many nodes join at once; try again".to_owned())
+    }
+
     fn admitted(&self, replica: u64) -> Result<JoinReply, Refusal> {
         let genesis = self
             .federation
@@ -556,6 +628,11 @@ fn check_site(request: &JoinRequest, only: Option<&str>) -> Result<(), Refusal> 
 
 #[async_trait]
 impl Admit for Door {
+    async fn readmit(&self, from: NodeId) -> Reply {
+        let readmitted = self.try_readmit(from).await;
+        readmitted.unwrap_or_else(|message| Reply::Error { message })
+    }
+
     async fn admit(&self, from: NodeId, request: JoinRequest) -> JoinReply {
         match self.try_admit(from, &request).await {
             Ok(reply) => reply,
@@ -568,6 +645,67 @@ impl Admit for Door {
             }
         }
     }
+}
+
+/// As a member without a catalog: makes an empty one under a replica id that another member gives
+/// it. The rest comes from the groups' leaders.
+///
+/// # Errors
+/// When no member gives it one in time, or the new catalog cannot be written.
+pub async fn readmit(
+    network: &Network,
+    data: &DataDir,
+    owner: Owner,
+    stored: Membership,
+) -> anyhow::Result<Membership> {
+    let others: Vec<&Member> = stored
+        .members
+        .iter()
+        .filter(|member| member.node != owner.node)
+        .collect();
+    if others.is_empty() {
+        bail!(
+            "there is no other member that has it: restore a backup with krake-node restore FILE"
+        );
+    }
+    network.set_members(peers(&stored.members)).await;
+    let deadline = tokio::time::Instant::now() + READMIT_TIME;
+    let mut last = "nobody could be reached".to_owned();
+    for turn in 0.. {
+        let asked = others[turn % others.len()].node;
+        match crate::net::ask(network, asked, &Request::Readmit).await {
+            Ok(Reply::Readmitted { replica, members }) => {
+                new_catalog(data, owner)?;
+                let membership = Membership {
+                    genesis: stored.genesis,
+                    replica,
+                    members,
+                };
+                data.store_membership(&membership)?;
+                return Ok(membership);
+            }
+            Ok(Reply::Error { message }) => last = message,
+            Ok(other) => last = format!("an answer to another question: {other:?}"),
+            Err(error) if last.is_empty() => last = error,
+            Err(error) => debug!(%asked, error, "not readmitted here"),
+        }
+        if tokio::time::Instant::now() >= deadline {
+            break;
+        }
+        tokio::time::sleep(READMIT_PAUSE).await;
+    }
+    bail!(
+        "no other member gave this node another replica id within {} s ({last}). Check that a majority of them runs and can be reached from here; when a majority is lost for ever, restore a backup with krake-node restore FILE",
+        READMIT_TIME.as_secs()
+    )
+}
+
+fn peers(members: &[Member]) -> Vec<Peer> {
+    let peer = |member: &Member| Peer {
+        node: member.node,
+        addresses: member.addresses.clone(),
+    };
+    members.iter().map(peer).collect()
 }
 
 /// A member as the voter choice sees it.
@@ -584,14 +722,7 @@ pub fn info_of(member: &Member, alive: bool) -> MemberInfo {
 
 /// Tells network and catalog who the members are.
 pub async fn apply_members(federation: &Federation, members: &[Member]) {
-    let peers = members
-        .iter()
-        .map(|member| Peer {
-            node: member.node,
-            addresses: member.addresses.clone(),
-        })
-        .collect();
-    federation.network.set_members(peers).await;
+    federation.network.set_members(peers(members)).await;
     apply_voters(federation, members).await;
 }
 
@@ -599,6 +730,7 @@ async fn apply_voters(federation: &Federation, members: &[Member]) {
     let opinions = federation.network.opinions();
     let infos = members
         .iter()
+        .filter(|member| member.replica != NO_REPLICA)
         .map(|member| {
             let silence = opinions.silence.get(&member.node);
             let alive = member.node == federation.own

@@ -74,6 +74,8 @@ pub async fn ask(network: &Network, to: NodeId, request: &Request) -> Result<Rep
 pub trait Admit: Send + Sync + 'static {
     /// Admits the node that asks, or says why not.
     async fn admit(&self, from: NodeId, request: rpc::JoinRequest) -> JoinReply;
+    /// Gives a member that has lost its catalog another replica id, or says why not.
+    async fn readmit(&self, from: NodeId) -> Reply;
 }
 
 /// What the handler needs; set when the node is complete.
@@ -110,12 +112,13 @@ impl NodeHandler {
         let _ = self.parts.set(parts);
     }
 
-    async fn answer(&self, parts: &Parts, bytes: &[u8]) -> Reply {
+    async fn answer(&self, parts: &Parts, from: NodeId, bytes: &[u8]) -> Reply {
         match rpc::decode::<Request>(bytes) {
             Err(error) => Reply::Error {
                 message: error.to_string(),
             },
             Ok(Request::Members) => Reply::Members((parts.members)()),
+            Ok(Request::Readmit) => parts.door.readmit(from).await,
             Ok(Request::Reserve(request)) => parts.agent.reserve(request).await,
             Ok(Request::Copies(reports)) => {
                 let mut noted = Vec::new();
@@ -143,12 +146,12 @@ impl Handler for NodeHandler {
         }
     }
 
-    async fn call(&self, _from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String> {
+    async fn call(&self, from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String> {
         let parts = self.parts.get().ok_or("the node is starting")?;
         match bytes.split_first() {
             Some((&FOR_CONSENSUS, rest)) => parts.host.handle_call(rest).await,
             Some((&FOR_NODE, rest)) => {
-                let reply = self.answer(parts, rest).await;
+                let reply = self.answer(parts, from, rest).await;
                 rpc::encode(&reply)
                     .map(|bytes| bytes.to_vec())
                     .map_err(|error| error.to_string())

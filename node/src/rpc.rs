@@ -20,6 +20,8 @@ pub enum Request {
     Copies(Vec<Vec<u8>>),
     /// To any member: who the members are.
     Members,
+    /// To any member, from a member that has lost its catalog: it needs another replica id.
+    Readmit,
 }
 
 /// A reply between members.
@@ -40,6 +42,13 @@ pub enum Reply {
     Error {
         /// Why.
         message: String,
+    },
+    /// The member's new replica id, and who the members are now.
+    Readmitted {
+        /// Counted by the meta group; nobody ever had it.
+        replica: u64,
+        /// All members, the asker included.
+        members: Vec<Member>,
     },
 }
 

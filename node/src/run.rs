@@ -85,7 +85,7 @@ fn peer_addresses(config: &Config) -> anyhow::Result<Vec<SocketAddr>> {
 /// When it cannot start, or its catalog fails.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let data = Arc::new(DataDir::open_existing(&config.node.data_dir)?);
-    let (stored, genesis) = data.require_membership()?;
+    let (mut stored, genesis) = data.require_membership()?;
     let identity = Arc::new(data.identity(rand::random)?);
     data.check_own(&stored, identity.node(), &config.site.name)?;
     config.check_metrics(&genesis.metrics)?;
@@ -106,14 +106,29 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Arc::clone(&handler) as Arc<dyn krake_gossip::Handler>,
     )
     .await?;
+    let catalog_owner = krake_consensus::Owner {
+        federation: genesis.federation_id()?,
+        node: identity.node(),
+    };
+    if membership::catalog_is_gone(&data) {
+        warn!(
+            directory = %membership::catalog_path(&data).display(),
+            "the catalog is gone; the other members are asked for another replica id, and for what it held"
+        );
+        stored = membership::readmit(&network, &data, catalog_owner, stored)
+            .await
+            .with_context(|| {
+                format!(
+                    "there is no catalog in {}: what this node promised to the others is lost",
+                    membership::catalog_path(&data).display()
+                )
+            })?;
+    }
     let transport = Arc::<NetworkTransport>::default();
     transport.connect(network.clone());
     let host = krake_consensus::Host::start(
         &krake_consensus::Config::new(
-            krake_consensus::Owner {
-                federation: genesis.federation_id()?,
-                node: identity.node(),
-            },
+            catalog_owner,
             stored.replica,
             membership::catalog_path(&data),
             boot,
@@ -123,7 +138,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     )
     .with_context(|| {
         format!(
-            "the catalog in {} cannot be used; restore the data directory from a backup, or remove it and join again (krakectl token create)",
+            "the catalog in {} cannot be used. While the other members run, `krake-node rejoin` puts it aside and gets everything from them; after the loss of a majority, `krake-node restore FILE` begins again from a backup",
             data.path().display()
         )
     })?;

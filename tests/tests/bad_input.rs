@@ -663,7 +663,7 @@ impl Trial {
             let ended = self.node(&["init"], name, &[]);
             assert_eq!(ended.code, Some(0), "{}", ended.said);
         }
-        let way_out = "restore the data directory from a backup";
+        let way_out = "krake-node restore FILE";
         let segment = self.path("damaged/catalog/segment-0000000000000001");
         let mut bytes = std::fs::read(&segment).unwrap();
         let foreign = bytes.clone();

@@ -8,6 +8,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use bytes::Bytes;
+use krake_model::codec::CodecError;
 use krake_model::ids::{GroupId, NodeId};
 use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
@@ -548,6 +550,18 @@ impl Host {
         (entries, machine.last_stamp)
     }
 
+    /// A group for [`crate::BackupWriter::group`], as this node's replica has it; `None`: it has
+    /// none.
+    ///
+    /// # Errors
+    /// When it is too large for a record.
+    pub fn group_backup(&self, group: GroupId) -> Option<Result<(u64, Bytes), CodecError>> {
+        let machine = self.machine(group)?;
+        let term = self.shared.status.borrow().get(&group)?.term;
+        let encoded = machine.read().encode();
+        Some(encoded.map(|bytes| (term, bytes.into())))
+    }
+
     /// The newest stamp this node's replica of a group has applied.
     pub fn revision(&self, group: GroupId) -> Revision {
         self.machine(group)
@@ -925,7 +939,6 @@ impl Engine {
 mod tests {
     use std::path::Path;
 
-    use bytes::Bytes;
     use krake_model::ids::FederationId;
 
     use super::*;

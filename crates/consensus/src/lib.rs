@@ -5,6 +5,7 @@
 //! compare-and-set, carry a request id and apply at most once. All groups of a node share one
 //! thread, one log on disk, one fsync per round and one frame per peer and round.
 
+mod backup;
 pub mod command;
 mod core;
 mod disk;
@@ -24,6 +25,7 @@ mod voters;
 mod wal;
 mod wire;
 
+pub use crate::backup::{Backup, BackupError, BackupWriter};
 pub use crate::command::{
     Command, Committed, Expect, Operation, ProposeError, ReadError, RequestId,
 };

@@ -14,7 +14,7 @@ use crate::planted::{self, Bug};
 /// Version of a log entry's payload.
 const ENTRY_VERSION: u8 = 1;
 /// Version of a snapshot's payload.
-const SNAPSHOT_VERSION: u8 = 1;
+const SNAPSHOT_VERSION: u8 = 2;
 /// How many answered requests a group remembers, so that a repeated proposal applies once. A
 /// proposer gives up after seconds; at this size the memory spans more than that at full load.
 const REMEMBERED_REQUESTS: usize = 2048;
@@ -34,6 +34,8 @@ pub struct Entry {
     pub created: Revision,
     /// Stamp of its last write.
     pub modified: Revision,
+    /// Of the group at its last write: it rises when the group is restored from a backup.
+    pub incarnation: u32,
     /// Raft term of its last write.
     pub term: u64,
     /// Log index of its last write.
@@ -89,9 +91,67 @@ pub(crate) struct Machine {
     entries: BTreeMap<String, Entry>,
     answers: BTreeMap<RequestId, Answer>,
     order: VecDeque<RequestId>,
+    incarnation: u32,
+}
+
+/// Version 1 of [`Entry`], before there were backups.
+#[derive(Debug, Deserialize)]
+struct Entry1 {
+    value: Bytes,
+    created: Revision,
+    modified: Revision,
+    term: u64,
+    index: u64,
+}
+
+/// Version 1 of [`Machine`].
+#[derive(Debug, Deserialize)]
+struct Machine1 {
+    applied: u64,
+    last_stamp: Revision,
+    bytes: u64,
+    entries: BTreeMap<String, Entry1>,
+    answers: BTreeMap<RequestId, Answer>,
+    order: VecDeque<RequestId>,
+}
+
+impl From<Machine1> for Machine {
+    fn from(old: Machine1) -> Self {
+        let entry = |old: Entry1| Entry {
+            value: old.value,
+            created: old.created,
+            modified: old.modified,
+            incarnation: 0,
+            term: old.term,
+            index: old.index,
+        };
+        let entries = old.entries.into_iter();
+        Self {
+            applied: old.applied,
+            last_stamp: old.last_stamp,
+            bytes: old.bytes,
+            entries: entries.map(|(key, old)| (key, entry(old))).collect(),
+            answers: old.answers,
+            order: old.order,
+            incarnation: 0,
+        }
+    }
 }
 
 impl Machine {
+    pub(crate) const fn incarnation(&self) -> u32 {
+        self.incarnation
+    }
+
+    /// The same state as the beginning of another history: whoever compares epochs takes its
+    /// entries for newer than those of any other incarnation before.
+    pub(crate) fn begin_again(&mut self, incarnation: u32) {
+        self.incarnation = incarnation;
+        for entry in self.entries.values_mut() {
+            entry.incarnation = incarnation;
+        }
+    }
+
     pub(crate) fn get(&self, key: &str) -> Option<&Entry> {
         self.entries.get(key)
     }
@@ -203,6 +263,7 @@ impl Machine {
                 let entry = Entry {
                     created: previous.as_ref().map_or(at.revision, |old| old.created),
                     modified: at.revision,
+                    incarnation: self.incarnation,
                     term: at.term,
                     index: at.index,
                     value,
@@ -253,10 +314,11 @@ impl Machine {
 
     /// What [`Machine::encode`] made; an empty record is the empty map.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
-        if bytes.is_empty() {
-            return Ok(Self::default());
+        match bytes.first() {
+            None => Ok(Self::default()),
+            Some(1) => codec::decode::<Machine1>(1, bytes, RECORD_BYTES_MAX).map(Self::from),
+            Some(_) => codec::decode(SNAPSHOT_VERSION, bytes, RECORD_BYTES_MAX),
         }
-        codec::decode(SNAPSHOT_VERSION, bytes, RECORD_BYTES_MAX)
     }
 }
 
@@ -345,6 +407,29 @@ mod tests {
         }
         let restored = Machine::decode(&machine.encode().unwrap()).unwrap();
         assert_eq!(restored, machine);
+    }
+
+    #[test]
+    fn a_snapshot_is_these_bytes_and_the_version_before_is_read() {
+        let mut machine = Machine::default();
+        machine.apply(1, 1, entry(1, 1, vec![put("a", "1", Expect::Any)]));
+        machine.begin_again(5);
+        let version_2 = concat!(
+            "020100000000000000030040007d117d0342000000000000000100000000000000010000000000000061",
+            "010000000000000031030040007d117d03030040007d117d030500000001000000000000000100000000",
+            "00000001000000000000000100000000000000000000000000000000000000030040007d117d03010000",
+            "0000000000010000000000000001000000000000000100000000000000000000000000000005000000"
+        );
+        assert_eq!(hex::encode(machine.encode().unwrap()), version_2);
+        let version_1 = concat!(
+            "010100000000000000030040007d117d0342000000000000000100000000000000010000000000000061",
+            "010000000000000031030040007d117d03030040007d117d030100000000000000010000000000000001",
+            "000000000000000100000000000000000000000000000000000000030040007d117d0301000000000000",
+            "000100000000000000010000000000000001000000000000000000000000000000"
+        );
+        machine.begin_again(0);
+        let read = Machine::decode(&hex::decode(version_1).unwrap()).unwrap();
+        assert_eq!(read, machine);
     }
 
     #[test]

@@ -59,14 +59,14 @@ fn config() -> impl bincode::config::Config {
 /// When the value cannot be encoded or exceeds [`RECORD_BYTES_MAX`].
 pub fn encode<T: Serialize>(version: u8, value: &T) -> Result<Vec<u8>, CodecError> {
     let mut bytes = vec![version];
-    let payload = bincode::serde::encode_to_vec(value, config()).map_err(CodecError::Encode)?;
-    if payload.len() >= RECORD_BYTES_MAX {
+    bincode::serde::encode_into_std_write(value, &mut bytes, config())
+        .map_err(CodecError::Encode)?;
+    if bytes.len() > RECORD_BYTES_MAX {
         return Err(CodecError::TooLarge {
-            found: payload.len(),
+            found: bytes.len() - 1,
             limit: RECORD_BYTES_MAX,
         });
     }
-    bytes.extend_from_slice(&payload);
     Ok(bytes)
 }
 

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub struct Epoch {
-    /// Counts restores from backup.
+    /// Rises when the shard is restored from a backup.
     pub incarnation: u32,
     /// The Raft term in which the placement was committed.
     pub term: u64,

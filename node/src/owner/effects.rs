@@ -154,7 +154,7 @@ impl<'a> Effects<'a> {
                 info!(app = %app.app, site = %target, reason, "the site refused");
                 memory.refuse(target, reason, now());
             }
-            Ok(Reply::Noted(_) | Reply::Members(_)) => {}
+            Ok(Reply::Noted(_) | Reply::Members(_) | Reply::Readmitted { .. }) => {}
             Ok(Reply::Error { message }) | Err(message) => {
                 let reason = format!("it could not be asked: {message}");
                 debug!(app = %app.app, site = %target, reason, "no reservation");

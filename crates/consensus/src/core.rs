@@ -30,6 +30,8 @@ const BALANCE_TICKS: u64 = 20;
 const FOLLOWERS_PER_INTERVAL: u64 = 8;
 /// Followers hear from their leader every so many heartbeat intervals, however few they are.
 const FOLLOWER_INTERVALS: u64 = 3;
+/// Groups handed over for balance in one look at most: each stands still for a moment.
+const BALANCED_AT_ONCE: usize = 16;
 /// A leader younger than this is not moved for balance.
 const SETTLED_TICKS: u64 = 50;
 /// A frame is closed when it holds about this many bytes.
@@ -495,7 +497,7 @@ impl Core {
         Some(group)
     }
 
-    /// When this node leads two groups more than some live voter of one of them, it hands one over.
+    /// Hands over groups to live voters that lead two groups fewer than this node.
     fn balance(&mut self) {
         let mut leads: BTreeMap<u64, usize> = self
             .members
@@ -509,7 +511,8 @@ impl Core {
             }
         }
         let own = self.settings.replica;
-        let mine = leads.get(&own).copied().unwrap_or(0);
+        let mut mine = leads.get(&own).copied().unwrap_or(0);
+        let mut handed_over = 0;
         for group in self.groups.values_mut() {
             let settled = self.ticks.saturating_sub(group.leader_since_tick) > SETTLED_TICKS;
             if !group.leads() || !settled {
@@ -521,12 +524,16 @@ impl Core {
                 .filter_map(|id| leads.get(&id).map(|count| (*count, id)))
                 .filter(|(count, id)| *id != own && count + 2 <= mine)
                 .min();
-            if let Some((_, id)) = target
-                && group.transfer(Some(id), own)
-            {
+            let Some((count, id)) = target else { continue };
+            if group.transfer(Some(id), own) {
                 debug!(group = %group.id, to = id, "leadership handed over for balance");
                 self.active.insert(group.id);
-                return;
+                leads.insert(id, count + 1);
+                mine -= 1;
+                handed_over += 1;
+                if handed_over == BALANCED_AT_ONCE {
+                    return;
+                }
             }
         }
     }

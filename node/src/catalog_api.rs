@@ -19,11 +19,10 @@ use krake_catalog_client::protocol::{
     self, Ask, Changed, Freshness, PAGE_BYTES, PAGE_ENTRIES_MAX, REQUEST_BYTES_MAX, Refusal, Reply,
     Request, Response, UNASKED, UPGRADE, write_frame,
 };
-use krake_consensus::Entry;
+use krake_consensus::{Compacted, Entry};
 use krake_model::{GroupId, Revision};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
-use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -46,6 +45,8 @@ const NODE_LISTS_MAX: usize = 64;
 const LIST_LIFETIME: Duration = Duration::from_secs(60);
 /// Replies of a connection that wait to be written.
 const REPLIES_WAITING: usize = 512;
+/// How often a watch is told how far it is, where nothing that it wants changes.
+const BOOKMARK_INTERVAL: Duration = Duration::from_secs(1);
 /// What a client that is told to come back should wait.
 const RETRY_AFTER_MS: u32 = 20;
 /// A frame that has begun must end within this time.
@@ -137,7 +138,9 @@ impl CatalogApi {
         let connection = Arc::new(Connection {
             api: self,
             replies,
-            in_flight: Arc::new(Semaphore::new(IN_FLIGHT_MAX as usize)),
+            // A client that has read an answer may ask again before this side notes that it was
+            // written.
+            in_flight: Arc::new(Semaphore::new(2 * IN_FLIGHT_MAX as usize)),
             lists: Mutex::default(),
             watches: Mutex::default(),
             gone: gone.clone(),
@@ -167,6 +170,13 @@ impl CatalogApi {
             let _ = tokio::time::timeout(LINGER_TIME, drained).await;
         }
     }
+}
+
+/// What a watch is about.
+struct Watched {
+    group: GroupId,
+    prefix: String,
+    after: Option<Revision>,
 }
 
 /// What a request holds until its reply is written.
@@ -266,7 +276,14 @@ impl Connection {
                     };
                     self.say(number, Reply::Refused(busy), None).await;
                 }
-                (Ask::Watch { group }, Ok(slot)) => {
+                (
+                    Ask::Watch {
+                        group,
+                        prefix,
+                        after,
+                    },
+                    Ok(slot),
+                ) => {
                     if self.watches.lock().contains_key(&number) {
                         return Err(invalid("the number is that of a watch"));
                     }
@@ -274,7 +291,12 @@ impl Connection {
                     let held = (slot, bytes);
                     match self.begin_watch(number, group) {
                         Ok(ended) => {
-                            tokio::spawn(connection.watch(number, group, ended, held));
+                            let watched = Watched {
+                                group,
+                                prefix,
+                                after,
+                            };
+                            tokio::spawn(connection.watch(number, watched, ended, held));
                         }
                         Err(refusal) => {
                             self.say(number, Reply::Refused(refusal), Some(held)).await;
@@ -336,13 +358,23 @@ impl Connection {
         if group.shard().is_some_and(|s| s >= self.api.catalog.shards) {
             return Err(Refusal::UnknownGroup { group });
         }
-        if freshness == Freshness::Stale {
-            return Ok(());
+        let host = &self.api.catalog.host;
+        match freshness {
+            Freshness::Stale => return Ok(()),
+            Freshness::AtLeast(revision) if host.revision(group) >= revision => return Ok(()),
+            Freshness::AtLeast(_) | Freshness::Linearizable => {}
         }
-        let barrier = self.api.catalog.host.read_barrier(&[group], PATIENCE).await;
+        let barrier = host.read_barrier(&[group], PATIENCE).await;
         barrier.map_err(|error| Refusal::Read {
             reason: error.to_string(),
-        })
+        })?;
+        match freshness {
+            Freshness::AtLeast(revision) if host.revision(group) < revision => {
+                let reason = format!("nothing of {group} has revision {} yet", revision.number());
+                Err(Refusal::Read { reason })
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn get(&self, group: GroupId, key: &str, freshness: Freshness) -> Result<Reply, Refusal> {
@@ -449,44 +481,66 @@ impl Connection {
     async fn watch(
         self: Arc<Self>,
         number: u64,
-        group: GroupId,
+        watched: Watched,
         ended: CancellationToken,
         held: Held,
     ) {
-        tokio::select! {
-            () = self.follow(number, group, held) => {}
-            () = ended.cancelled() => {}
+        let followed = tokio::select! {
+            followed = self.follow(number, watched, held) => followed,
+            () = ended.cancelled() => Ok(()),
+        };
+        if let Err(Compacted { oldest, .. }) = followed {
+            let refusal = Reply::Refused(Refusal::Compacted { oldest });
+            self.say(number, refusal, None).await;
         }
         self.watches.lock().remove(&number);
     }
 
-    async fn follow(&self, number: u64, group: GroupId, held: Held) {
-        let mut batches = self.api.catalog.host.watch();
-        let revision = self.api.catalog.host.revision(group);
+    async fn follow(&self, number: u64, watched: Watched, held: Held) -> Result<(), Compacted> {
+        let Watched {
+            group,
+            prefix,
+            after,
+        } = watched;
+        let host = &self.api.catalog.host;
+        let revision = after.unwrap_or_else(|| host.revision(group));
+        let mut following = host.follow(group, revision)?;
         let watching = Reply::Watching { revision };
         self.say(number, watching, Some(held)).await;
-        let mut event = 0;
+        let mut told = revision;
+        let mut bookmark = tokio::time::interval(BOOKMARK_INTERVAL);
+        bookmark.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            match batches.recv().await {
-                Ok(batch) if batch.group != group => {}
-                Ok(batch) if !batch.reset => {
-                    event += 1;
-                    let changes = batch.changes.into_iter().map(|change| Changed {
-                        key: change.key,
-                        entry: change.entry,
-                    });
-                    let changes = Reply::Changes {
-                        event,
-                        revision: batch.revision,
-                        changes: changes.collect(),
+            let changes: Vec<Changed> = tokio::select! {
+                followed = following.next() => {
+                    let Some(all) = followed? else {
+                        self.say(number, Reply::WatchEnded, None).await;
+                        return Ok(());
                     };
-                    self.say(number, changes, None).await;
+                    let wanted = all.changes.iter().filter(|(key, _)| key.starts_with(&prefix));
+                    let changed = |(key, entry): &(String, Option<Entry>)| Changed {
+                        key: key.clone(),
+                        entry: entry.clone(),
+                    };
+                    let wanted: Vec<Changed> = wanted.map(changed).collect();
+                    if wanted.is_empty() {
+                        continue;
+                    }
+                    wanted
                 }
-                Ok(_) | Err(RecvError::Lagged(_) | RecvError::Closed) => {
-                    self.say(number, Reply::WatchEnded, None).await;
-                    return;
+                _ = bookmark.tick() => {
+                    if following.last() <= told {
+                        continue;
+                    }
+                    Vec::new()
                 }
-            }
+            };
+            told = following.last();
+            let changes = Reply::Changes {
+                revision: told,
+                changes,
+            };
+            self.say(number, changes, None).await;
         }
     }
 }

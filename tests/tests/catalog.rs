@@ -69,7 +69,7 @@ async fn reads_writes_and_watches(net: &Testnet) {
     let third = connect(by_tcp(third)).await;
     let key = "kv/test/one";
     let group = first.group_of(key).unwrap();
-    let mut watch = third.watch(group).await.unwrap();
+    let mut watch = third.watch(group, key, None).await.unwrap();
 
     let made = Command::new(vec![put(key, "1", Expect::Absent)]);
     let committed = first.write(group, made.clone()).await.unwrap();
@@ -101,9 +101,9 @@ async fn reads_writes_and_watches(net: &Testnet) {
     );
     let newer = Command::new(vec![put(key, "2", Expect::Revision(committed.revision))]);
     let newer = second.write(group, newer).await.unwrap();
-    for (number, committed, value) in [(1, committed, "1"), (2, newer, "2")] {
+    for (committed, value) in [(committed, "1"), (newer, "2")] {
         let event = within("an event", watch.next()).await.unwrap();
-        assert_eq!((event.number, event.revision), (number, committed.revision));
+        assert_eq!(event.revision, committed.revision);
         assert_eq!(event.changes[0].key, key);
         let entry = event.changes[0].entry.as_ref().unwrap();
         assert_eq!(entry.value, value);
@@ -111,6 +111,17 @@ async fn reads_writes_and_watches(net: &Testnet) {
     // What was told is there.
     let (entry, _) = third.get(group, key, Freshness::Stale).await.unwrap();
     assert_eq!(entry.unwrap().modified, newer.revision);
+    // A watch goes on at another node from what one node told.
+    let after = Some(committed.revision);
+    let mut elsewhere = first.watch(group, key, after).await.unwrap();
+    let event = within("an event", elsewhere.next()).await.unwrap();
+    assert_eq!(event.revision, newer.revision);
+    // One's own write is seen at any node.
+    let own = Freshness::AtLeast(newer.revision);
+    for client in [&first, &second, &third] {
+        let (entry, _) = client.get(group, key, own).await.unwrap();
+        assert_eq!(entry.unwrap().value, "2");
+    }
     let (none, _) = third
         .get(group, "kv/test/none", Freshness::Linearizable)
         .await
@@ -118,6 +129,25 @@ async fn reads_writes_and_watches(net: &Testnet) {
     assert_eq!(none, None);
     let genesis = third.get(GroupId::META, "genesis", Freshness::Linearizable);
     assert!(genesis.await.unwrap().0.is_some(), "any key may be read");
+}
+
+/// What a watch is told of changes that it did not ask for, and when it asks too late.
+async fn bookmarks_and_the_end_of_memory(net: &Testnet) {
+    const COMMANDS: usize = 1_100;
+    let client = connect(by_tcp(&net.sites()[0])).await;
+    let key = "kv/test/much";
+    let group = client.group_of(key).unwrap();
+    let mut watch = client.watch(group, "kv/nothing/", None).await.unwrap();
+    let command = || Command::new(vec![put(key, "x", Expect::Any)]);
+    let first = client.write(group, command()).await.unwrap();
+    let bookmark = within("a bookmark", watch.next()).await.unwrap();
+    assert!(bookmark.changes.is_empty() && bookmark.revision >= first.revision);
+    let writes = (0..COMMANDS).map(|_| client.write(group, command()));
+    futures::future::try_join_all(writes).await.unwrap();
+    let late = client.watch(group, key, Some(first.revision)).await;
+    let gone = late.unwrap_err();
+    let compacted = matches!(&gone, CatalogError::Refused(Refusal::Compacted { oldest }) if *oldest > first.revision);
+    assert!(compacted, "{gone}");
 }
 
 async fn lists_in_pages(net: &Testnet) {
@@ -307,6 +337,7 @@ async fn too_much_at_once(net: &Testnet) {
 async fn programs_keep_records_in_the_catalog() {
     let net = Testnet::up(&["--sites", "3"]);
     reads_writes_and_watches(&net).await;
+    bookmarks_and_the_end_of_memory(&net).await;
     lists_in_pages(&net).await;
     refusals(&net).await;
     garbage(&net).await;

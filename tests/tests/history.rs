@@ -17,6 +17,7 @@ use krake_tests::{Testnet, wait_for};
 use parking_lot::Mutex;
 use rand::RngExt as _;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 const SOON: Duration = Duration::from_secs(60);
 const KEYS: usize = 3;
@@ -33,6 +34,8 @@ const APPS: &str = "/apis/krake.dev/v1/namespaces/default/applications";
 /// What happened, and in which order.
 #[derive(Default)]
 struct History {
+    /// Revisions of acknowledged writes of programs, by key.
+    committed: Mutex<BTreeMap<String, Vec<Revision>>>,
     clock: AtomicU64,
     values: AtomicU64,
     operations: Mutex<BTreeMap<String, Vec<Asking>>>,
@@ -195,7 +198,10 @@ async fn over_the_protocol(pool: CatalogPool, history: Arc<History>) {
             }]);
             Some(match pool.write(group, &command, PATIENCE).await {
                 Ok(committed) => {
-                    *known.lock() = Some((value, Some(committed.revision)));
+                    let revision = committed.revision;
+                    *known.lock() = Some((value, Some(revision)));
+                    let mut all = history.committed.lock();
+                    all.entry(key.clone()).or_default().push(revision);
                     Answer::Got(Got::Done)
                 }
                 Err(CatalogError::Refused(Refusal::Write(ProposeError::Conflict { .. }))) => {
@@ -209,6 +215,32 @@ async fn over_the_protocol(pool: CatalogPool, history: Arc<History>) {
             seen.insert(key, known);
         }
         pause().await;
+    }
+}
+
+/// Follows a key while nodes are killed until told that it is over; the revisions it saw.
+async fn follow(
+    pool: CatalogPool,
+    key: String,
+    mut over: watch::Receiver<Option<Revision>>,
+) -> Vec<Revision> {
+    let group = pool.group_of(&key).unwrap();
+    let mut following = pool.watch(group, &key, Some(Revision::NONE));
+    let mut seen = Vec::new();
+    loop {
+        let last = *over.borrow_and_update();
+        if last.is_some_and(|last| following.last() >= Some(last)) {
+            return seen;
+        }
+        tokio::select! {
+            event = following.next() => {
+                let event = event.unwrap();
+                if !event.changes.is_empty() {
+                    seen.push(event.revision);
+                }
+            }
+            _ = over.changed() => {}
+        }
     }
 }
 
@@ -257,6 +289,13 @@ async fn one_order_explains_what_clients_saw_while_nodes_were_killed() {
         token: site.token(),
     });
     let pool = CatalogPool::connect(endpoints.collect()).await.unwrap();
+    let mut followers = BTreeMap::new();
+    let (over, ended) = watch::channel(None);
+    for key in 0..KEYS {
+        let key = format!("kv/test/register-{key}");
+        let follower = follow(pool.clone(), key.clone(), ended.clone());
+        followers.insert(key, tokio::spawn(follower));
+    }
     let mut clients = Vec::new();
     for _ in 0..CLIENTS {
         clients.push(tokio::spawn(Arc::clone(&http).run(Arc::clone(&history))));
@@ -297,6 +336,31 @@ async fn one_order_explains_what_clients_saw_while_nodes_were_killed() {
             Some(Answer::Got(Got::Value(value)))
         };
         history.note(&key, Asked::Read, read).await;
+    }
+    // A watch that moved from node to node was told every write once.
+    let committed = std::mem::take(&mut *history.committed.lock());
+    let newest = committed.values().flatten().max().copied();
+    for key in 0..KEYS {
+        // So that every watch comes to an end.
+        let key = format!("kv/test/register-{key}");
+        let group = pool.group_of(&key).unwrap();
+        let command = Command::new(vec![Operation::Delete {
+            key,
+            expect: Expect::Any,
+        }]);
+        let last = pool.write(group, &command, SOON).await.unwrap();
+        assert!(Some(last.revision) > newest);
+    }
+    over.send_replace(newest);
+    for (key, follower) in followers {
+        let seen = tokio::time::timeout(SOON, follower)
+            .await
+            .expect("a watch's end");
+        let seen = seen.unwrap();
+        assert!(seen.is_sorted_by(|a, b| a < b), "{key}: {seen:?}");
+        for revision in &committed[&key] {
+            assert!(seen.contains(revision), "{key}: {revision:?} was not told");
+        }
     }
     let histories = std::mem::take(&mut *history.operations.lock());
     assert_eq!(histories.len(), 2 * KEYS);

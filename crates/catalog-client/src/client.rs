@@ -350,15 +350,26 @@ impl CatalogClient {
         }
     }
 
-    /// Follows a group from now on.
+    /// Follows the keys of a group that begin with `prefix`, from a revision on that any node told,
+    /// or from now on.
     ///
     /// # Errors
-    /// When the connection has too many watches already, or is gone.
-    pub async fn watch(&self, group: GroupId) -> Result<Watch, CatalogError> {
+    /// [`Refusal::Compacted`] when changes that old are not kept; when the connection has too many
+    /// watches already, or is gone.
+    pub async fn watch(
+        &self,
+        group: GroupId,
+        prefix: &str,
+        after: Option<Revision>,
+    ) -> Result<Watch, CatalogError> {
         let (sender, mut events) = mpsc::channel(EVENTS_WAITING);
-        let number = self
-            .send(Ask::Watch { group }, Waiter::Watch(sender))
-            .await?;
+        let prefix = prefix.to_owned();
+        let ask = Ask::Watch {
+            group,
+            prefix,
+            after,
+        };
+        let number = self.send(ask, Waiter::Watch(sender)).await?;
         // From here on the watch is ended when it is dropped, also while it begins.
         let mut watch = Watch {
             client: self.clone(),
@@ -409,7 +420,7 @@ impl CatalogClient {
             waiting
                 .ended
                 .as_deref()
-                .unwrap_or("the request could not be sent"),
+                .unwrap_or("this side fell behind, or the request could not be sent"),
         )
     }
 }
@@ -496,11 +507,9 @@ pub struct Page {
 /// What one command changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
-    /// Counts the events of the watch, from 1.
-    pub number: u64,
-    /// The group's revision after it.
+    /// The group's revision after it: a watch can go on from here, at any node.
     pub revision: Revision,
-    /// What changed.
+    /// What changed; nothing where this is a bookmark.
     pub changes: Vec<Changed>,
 }
 
@@ -509,25 +518,29 @@ pub struct Event {
 pub struct Watch {
     client: CatalogClient,
     number: u64,
-    /// What the node's replica had when the watch began: every change above it is told.
+    /// Every change above it is told: as asked for, or what the replica had when the watch began.
     pub revision: Revision,
     events: Option<mpsc::Receiver<Reply>>,
 }
 
 impl Watch {
-    /// The next event. `None`: events were missed, or the connection ended; list and watch again.
-    pub async fn next(&mut self) -> Option<Event> {
-        match self.events.as_mut()?.recv().await? {
-            Reply::Changes {
-                event,
-                revision,
-                changes,
-            } => Some(Event {
-                number: event,
-                revision,
-                changes,
-            }),
-            _ => None,
+    /// The next event.
+    ///
+    /// # Errors
+    /// [`Refusal::Compacted`]: changes were missed, list and watch from there.
+    /// [`CatalogError::Closed`]: watch again from the last event's revision, at any node.
+    pub async fn next(&mut self) -> Result<Event, CatalogError> {
+        let events = self.events.as_mut();
+        let event = match events {
+            Some(events) => events.recv().await,
+            None => None,
+        };
+        match event {
+            Some(Reply::Changes { revision, changes }) => Ok(Event { revision, changes }),
+            Some(Reply::Refused(refusal)) => Err(refusal.into()),
+            Some(Reply::WatchEnded) => Err(closed("the node stops")),
+            Some(_) => Err(CatalogError::Unexpected),
+            None => Err(self.client.ended()),
         }
     }
 }

@@ -12,7 +12,7 @@ use krake_model::revision::Revision;
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::client::{CatalogClient, CatalogError, Endpoint};
+use crate::client::{CatalogClient, CatalogError, Endpoint, Event, Watch};
 use crate::protocol::{Ask, Freshness, Refusal, Reply};
 
 /// First pause before something is tried at another node; doubles up to [`PAUSE_MAX`].
@@ -136,6 +136,21 @@ impl CatalogPool {
         }
     }
 
+    /// Follows the keys of a group that begin with `prefix`, from a revision on or from now on, and
+    /// goes on at another node when one is lost. Nothing is asked before the first
+    /// [`PoolWatch::next`].
+    pub fn watch(&self, group: GroupId, prefix: &str, after: Option<Revision>) -> PoolWatch {
+        PoolWatch {
+            pool: self.clone(),
+            group,
+            prefix: prefix.to_owned(),
+            last: after,
+            watch: None,
+            node: self.node_for(group),
+            compacted: 0,
+        }
+    }
+
     async fn ask(
         &self,
         group: GroupId,
@@ -220,6 +235,70 @@ impl CatalogPool {
                 Ordering::Relaxed,
             );
         }
+    }
+}
+
+/// A group that is followed at whichever node is there.
+#[derive(Debug)]
+pub struct PoolWatch {
+    pool: CatalogPool,
+    group: GroupId,
+    prefix: String,
+    last: Option<Revision>,
+    watch: Option<Watch>,
+    node: usize,
+    /// So many nodes in turn do not keep changes that old.
+    compacted: usize,
+}
+
+impl PoolWatch {
+    /// The revision up to which everything was told; `None` before the first node has answered.
+    pub const fn last(&self) -> Option<Revision> {
+        self.last
+    }
+
+    /// The next event, each once and in order. Waits for as long as no node can be reached; it may
+    /// be dropped and asked again.
+    ///
+    /// # Errors
+    /// [`Refusal::Compacted`] when no node keeps changes that old: list, and watch from there.
+    /// What else waiting does not mend.
+    pub async fn next(&mut self) -> Result<Event, CatalogError> {
+        let mut pause = PAUSE;
+        loop {
+            let failed = match self.try_next().await {
+                Ok(event) => return Ok(event),
+                Err(failed) => failed,
+            };
+            self.watch = None;
+            if matches!(failed, CatalogError::Refused(Refusal::Compacted { .. })) {
+                self.compacted += 1;
+                if self.compacted >= self.pool.0.nodes.len() {
+                    return Err(failed);
+                }
+            } else if !passes(&failed) {
+                return Err(failed);
+            }
+            self.node = (self.node + 1) % self.pool.0.nodes.len();
+            sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    async fn try_next(&mut self) -> Result<Event, CatalogError> {
+        if self.watch.is_none() {
+            let client = self.pool.client(self.node).await?;
+            let watch = client.watch(self.group, &self.prefix, self.last).await?;
+            self.last = Some(watch.revision);
+            self.compacted = 0;
+            self.watch = Some(watch);
+        }
+        let event = match &mut self.watch {
+            Some(watch) => watch.next().await?,
+            None => return Err(CatalogError::Unexpected),
+        };
+        self.last = Some(event.revision);
+        Ok(event)
     }
 }
 

@@ -50,6 +50,9 @@ pub enum Freshness {
     Linearizable,
     /// What the node's replica has; the answer's revision says how far that is.
     Stale,
+    /// Has at least what was committed up to this revision of the group. With the revision of one's
+    /// own last write, reads at any node see it.
+    AtLeast(Revision),
 }
 
 /// The requests.
@@ -89,11 +92,15 @@ pub enum Ask {
         /// Entries of the page.
         limit: u32,
     },
-    /// Follows a group from now on: [`Reply::Watching`], then [`Reply::Changes`] under the same
-    /// number until [`Reply::WatchEnded`].
+    /// Follows a group: [`Reply::Watching`], then [`Reply::Changes`] under the same number, each
+    /// command once and in order, until [`Reply::WatchEnded`] or [`Refusal::Compacted`].
     Watch {
         /// Which group.
         group: GroupId,
+        /// Only keys that begin so.
+        prefix: String,
+        /// From this revision on, whichever node it comes from; `None`: from now on.
+        after: Option<Revision>,
     },
     /// Ends a watch. It has no answer of its own.
     Unwatch {
@@ -150,21 +157,19 @@ pub enum Reply {
         /// when the connection begins too many other lists.
         more: Option<u64>,
     },
-    /// A watch has begun: it tells every change above this revision, perhaps some below.
+    /// A watch has begun: it tells every change above this revision.
     Watching {
-        /// What the replica had then.
+        /// As asked for, or what the replica had then.
         revision: Revision,
     },
-    /// A command changed the watched group.
+    /// A command changed what is watched.
     Changes {
-        /// Counts the events of the watch, from 1.
-        event: u64,
-        /// The group's revision after it.
+        /// The group's revision after it: a watch can go on from here.
         revision: Revision,
-        /// What changed.
+        /// What changed; nothing where this is a bookmark: everything up to the revision was told.
         changes: Vec<Changed>,
     },
-    /// Events were missed: list, and watch again.
+    /// The node stops: watch at another one, from the last revision.
     WatchEnded,
     /// The request was not carried out.
     Refused(Refusal),
@@ -213,6 +218,12 @@ pub enum Refusal {
     UnknownGroup {
         /// Which.
         group: GroupId,
+    },
+    /// The watch cannot go on from its revision: list, and watch from there.
+    #[error("changes that old are not kept, only those after revision {}: list again", oldest.number())]
+    Compacted {
+        /// What can be asked for.
+        oldest: Revision,
     },
     /// The list cannot be continued.
     #[error("the list cannot be continued; begin it again")]
@@ -363,7 +374,6 @@ mod tests {
         let changes = Response {
             number: 3,
             reply: Reply::Changes {
-                event: 1,
                 revision: Revision::from_number(8),
                 changes: vec![Changed {
                     key: "kv/a/b".to_owned(),
@@ -374,8 +384,8 @@ mod tests {
         assert_eq!(
             frame(&changes),
             concat!(
-                "340000000103000000000000000500000001000000000000000800000000000000010000000000000006",
-                "000000000000006b762f612f6200"
+                "2c000000010300000000000000050000000800000000000000010000000000000006000000000000006b",
+                "762f612f6200"
             )
         );
         let refused = Response {

@@ -465,6 +465,12 @@ impl Core {
             return;
         }
         self.active.insert(id);
+        if matches!(message.kind, MessageKind::Vote | MessageKind::PreVote) {
+            // Its own time stood still: how long the leader has been silent its node's pulse says.
+            let leader = group.leader().and_then(|leader| self.peers.get(&leader));
+            let silence = leader.map_or(0, |leader| self.ticks.saturating_sub(leader.heard_at));
+            group.awaken(silence as usize);
+        }
         let settings = &self.settings;
         let stepped = catch_unwind(AssertUnwindSafe(|| group.step(message, settings)));
         if stepped.is_err() {

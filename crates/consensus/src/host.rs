@@ -20,6 +20,7 @@ use tracing::{debug, error, info};
 use crate::command::{Command, Committed, ProposeError, ReadError};
 use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{DiskError, Home, RealHome};
+use crate::follow::{Compacted, Following, History};
 use crate::group::{Group, Outcome};
 use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::machine::{Entry, Machine};
@@ -112,6 +113,7 @@ struct Shared {
     machines: Machines,
     members: RwLock<BTreeMap<u64, NodeId>>,
     batches: broadcast::Sender<Batch>,
+    history: Arc<History>,
     status: watch::Receiver<BTreeMap<GroupId, GroupStatus>>,
     failure: watch::Receiver<Option<String>>,
     full: watch::Receiver<bool>,
@@ -181,6 +183,11 @@ impl Host {
         let (failure_sender, failure) = watch::channel(None);
         let (full_sender, full) = watch::channel(false);
         let machines: Machines = Arc::default();
+        let history = Arc::<History>::default();
+        // What the log has beyond the snapshot is noted when it is applied.
+        for (id, group) in &replica.core.groups {
+            history.begin(*id, group.machine.read().last_stamp);
+        }
         let mut engine = Engine {
             replica,
             settings,
@@ -193,6 +200,7 @@ impl Host {
                 transport: Arc::clone(&transport),
                 machines: Arc::clone(&machines),
                 batches: batches.clone(),
+                history: Arc::clone(&history),
                 counters: Arc::clone(&counters),
                 writing_since: Instant::now(),
             },
@@ -219,6 +227,7 @@ impl Host {
                 machines,
                 members: RwLock::default(),
                 batches,
+                history,
                 status,
                 failure,
                 full,
@@ -457,8 +466,15 @@ impl Host {
             if self.failure().is_some() {
                 return Err(ProposeError::Stopped);
             }
-            let attempt = self.try_once(group, &command, hint.take(), left);
-            match tokio::time::timeout(left, attempt).await {
+            let known = self.leader(group);
+            let leader = hint.take().or(known);
+            let attempt = self.try_once(group, &command, leader, left);
+            let answer = tokio::select! {
+                answer = tokio::time::timeout(left, attempt) => answer,
+                // Whoever was asked may be gone and leave the question open.
+                () = self.superseded(group, known, leader) => continue,
+            };
+            match answer {
                 Err(_) => return Err(self.late(group)),
                 Ok(Outcome::Done(Err(ProposeError::Timeout { .. }))) => {}
                 Ok(Outcome::Done(result)) => return result,
@@ -483,14 +499,32 @@ impl Host {
         }
     }
 
+    /// Ends when another one leads the group than was known when `asked` was asked.
+    async fn superseded(&self, group: GroupId, known: Option<u64>, asked: Option<u64>) {
+        let asked = asked.filter(|id| *id != self.shared.replica);
+        let mut status = self.status();
+        while asked.is_some() {
+            let now = status
+                .borrow_and_update()
+                .get(&group)
+                .and_then(|g| g.leader);
+            if now.is_some() && now != known && now != asked {
+                return;
+            }
+            if status.changed().await.is_err() {
+                break;
+            }
+        }
+        std::future::pending().await
+    }
+
     async fn try_once(
         &self,
         group: GroupId,
         command: &Command,
-        hint: Option<u64>,
+        leader: Option<u64>,
         left: Duration,
     ) -> Outcome {
-        let leader = hint.or_else(|| self.leader(group));
         let Some(leader) = leader.filter(|id| *id != self.shared.replica) else {
             return self.attempt(group, command.clone()).await;
         };
@@ -630,6 +664,19 @@ impl Host {
         self.shared.batches.subscribe()
     }
 
+    /// Every change of a group above a revision, in order, each once; at whichever node that
+    /// revision was seen.
+    ///
+    /// # Errors
+    /// [`Compacted`] when this node does not keep changes that old.
+    pub fn follow(&self, group: GroupId, after: Revision) -> Result<Following, Compacted> {
+        let (history, batches) = (
+            Arc::clone(&self.shared.history),
+            self.shared.batches.clone(),
+        );
+        Following::new(group, after, history, batches)
+    }
+
     /// Leaders and voters of all groups as this node sees them; changes wake the receiver.
     pub fn status(&self) -> watch::Receiver<BTreeMap<GroupId, GroupStatus>> {
         self.shared.status.clone()
@@ -712,6 +759,7 @@ struct Output {
     transport: Arc<dyn Transport>,
     machines: Machines,
     batches: broadcast::Sender<Batch>,
+    history: Arc<History>,
     counters: Arc<Counters>,
     writing_since: Instant,
 }
@@ -724,12 +772,14 @@ impl Output {
             .map(|(id, group)| (*id, Arc::clone(&group.machine)))
             .collect();
         for (id, group) in groups {
-            let _ = self.batches.send(Batch {
+            let batch = Batch {
                 group: *id,
                 revision: group.machine.read().last_stamp,
                 reset: true,
                 changes: Vec::new(),
-            });
+            };
+            self.history.note(&batch);
+            let _ = self.batches.send(batch);
         }
     }
 }
@@ -763,6 +813,7 @@ impl Effects for Output {
                 .collect();
         }
         for batch in batches {
+            self.history.note(&batch);
             // Nobody watching is fine.
             let _ = self.batches.send(batch);
         }

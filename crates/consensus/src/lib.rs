@@ -9,6 +9,7 @@ mod backup;
 pub mod command;
 mod core;
 mod disk;
+mod follow;
 mod frame;
 mod gate;
 mod group;
@@ -31,6 +32,7 @@ pub use crate::command::{
 };
 pub use crate::core::{Batch, GroupStatus};
 pub use crate::disk::{DiskError, create};
+pub use crate::follow::{Changes, Compacted, Following};
 pub use crate::host::{Config, Host, Transport};
 pub use crate::inspect::{Counters, GroupDetail, PeerProgress, TransferError};
 pub use crate::machine::{Change, Entry, GROUP_BYTES_MAX};

@@ -1,0 +1,299 @@
+//! Following a group from a revision on, at any node: every change above it, in order, once.
+//!
+//! Each node keeps the newest changes of each group. A group's revisions are the same everywhere
+//! (they are decided when an entry is applied), so what one node has told another can go on from.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use krake_model::ids::GroupId;
+use krake_model::revision::Revision;
+use parking_lot::RwLock;
+use thiserror::Error;
+use tokio::sync::broadcast::{self, error::RecvError};
+
+use crate::core::Batch;
+use crate::machine::Entry;
+
+/// Commands whose changes are kept, of each group.
+const KEPT_COMMANDS: usize = 1024;
+/// Bytes of keys and values that are kept, of each group.
+const KEPT_BYTES: usize = 1024 * 1024;
+
+/// The changes that a watch should go on from are not kept any more: list, and watch from there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the changes after revision {} are not kept any more, only those after {}: list again", after.number(), oldest.number())]
+pub struct Compacted {
+    /// What was asked for.
+    pub after: Revision,
+    /// What can be asked for.
+    pub oldest: Revision,
+}
+
+/// What one command changed: keys, and what they are now (`None`: removed).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changes {
+    /// The group's revision after it.
+    pub revision: Revision,
+    /// All of it took effect at once.
+    pub changes: Vec<(String, Option<Entry>)>,
+}
+
+impl Changes {
+    fn of(batch: &Batch) -> Self {
+        let changes = batch.changes.iter();
+        Self {
+            revision: batch.revision,
+            changes: changes
+                .map(|change| (change.key.clone(), change.entry.clone()))
+                .collect(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        let sizes = self.changes.iter().map(|(key, entry)| {
+            64 + key.len() + entry.as_ref().map_or(0, |entry| entry.value.len())
+        });
+        sizes.sum()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    /// Everything above is there.
+    floor: Revision,
+    changes: VecDeque<Arc<Changes>>,
+    bytes: usize,
+}
+
+/// The newest changes of all groups.
+#[derive(Debug, Default)]
+pub(crate) struct History(RwLock<BTreeMap<GroupId, Kept>>);
+
+impl History {
+    /// What happened before is not known.
+    pub(crate) fn begin(&self, group: GroupId, floor: Revision) {
+        let kept = Kept {
+            floor,
+            ..Kept::default()
+        };
+        self.0.write().insert(group, kept);
+    }
+
+    pub(crate) fn note(&self, batch: &Batch) {
+        if batch.reset {
+            return self.begin(batch.group, batch.revision);
+        }
+        let mut groups = self.0.write();
+        let kept = groups.entry(batch.group).or_default();
+        let changes = Changes::of(batch);
+        kept.bytes += changes.bytes();
+        kept.changes.push_back(Arc::new(changes));
+        while kept.changes.len() > KEPT_COMMANDS || kept.bytes > KEPT_BYTES {
+            let Some(oldest) = kept.changes.pop_front() else {
+                break;
+            };
+            kept.bytes -= oldest.bytes();
+            kept.floor = oldest.revision;
+        }
+    }
+
+    fn after(&self, group: GroupId, after: Revision) -> Result<VecDeque<Arc<Changes>>, Compacted> {
+        let groups = self.0.read();
+        let Some(kept) = groups.get(&group) else {
+            return Ok(VecDeque::new());
+        };
+        if after < kept.floor {
+            let oldest = kept.floor;
+            return Err(Compacted { after, oldest });
+        }
+        let first = kept.changes.partition_point(|old| old.revision <= after);
+        Ok(kept.changes.iter().skip(first).cloned().collect())
+    }
+}
+
+/// A group that is followed.
+#[derive(Debug)]
+pub struct Following {
+    group: GroupId,
+    history: Arc<History>,
+    batches: broadcast::Sender<Batch>,
+    live: broadcast::Receiver<Batch>,
+    waiting: VecDeque<Arc<Changes>>,
+    last: Revision,
+}
+
+impl Following {
+    pub(crate) fn new(
+        group: GroupId,
+        after: Revision,
+        history: Arc<History>,
+        batches: broadcast::Sender<Batch>,
+    ) -> Result<Self, Compacted> {
+        // In this order: what happens in between is in both.
+        let live = batches.subscribe();
+        let waiting = history.after(group, after)?;
+        Ok(Self {
+            group,
+            history,
+            batches,
+            live,
+            waiting,
+            last: after,
+        })
+    }
+
+    /// The last revision that was told.
+    pub const fn last(&self) -> Revision {
+        self.last
+    }
+
+    /// The next command's changes; `None`: the host has stopped. It may be dropped and asked again.
+    ///
+    /// # Errors
+    /// [`Compacted`] when this reader fell too far behind, or a snapshot took the place of changes.
+    pub async fn next(&mut self) -> Result<Option<Arc<Changes>>, Compacted> {
+        loop {
+            while let Some(changes) = self.waiting.pop_front() {
+                if changes.revision > self.last {
+                    self.last = changes.revision;
+                    return Ok(Some(changes));
+                }
+            }
+            match self.live.recv().await {
+                Ok(batch) if batch.group != self.group => {}
+                Ok(batch) if !batch.reset => {
+                    if batch.revision > self.last {
+                        self.waiting.push_back(Arc::new(Changes::of(&batch)));
+                    }
+                }
+                Ok(_) | Err(RecvError::Lagged(_)) => {
+                    self.live = self.batches.subscribe();
+                    self.waiting = self.history.after(self.group, self.last)?;
+                }
+                Err(RecvError::Closed) => return Ok(None),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use krake_model::time::Timestamp;
+
+    use super::*;
+    use crate::machine::Change;
+
+    const GROUP: GroupId = GroupId::META;
+
+    fn revision(number: i64) -> Revision {
+        Revision::next(
+            Revision::NONE,
+            Timestamp::from_millis(1_764_000_000_000 + number),
+            0,
+        )
+    }
+
+    fn batch(number: i64, bytes: usize) -> Batch {
+        let entry = Entry {
+            value: Bytes::from(vec![7; bytes]),
+            created: revision(number),
+            modified: revision(number),
+            incarnation: 0,
+            term: 1,
+            index: number as u64,
+        };
+        Batch {
+            group: GROUP,
+            revision: revision(number),
+            reset: false,
+            changes: vec![Change {
+                key: number.to_string(),
+                entry: Some(entry),
+                previous: None,
+            }],
+        }
+    }
+
+    struct World {
+        history: Arc<History>,
+        batches: broadcast::Sender<Batch>,
+    }
+
+    impl World {
+        fn new(backlog: usize) -> Self {
+            let history = Arc::<History>::default();
+            history.begin(GROUP, revision(0));
+            let (batches, _) = broadcast::channel(backlog);
+            Self { history, batches }
+        }
+
+        fn apply(&self, batch: Batch) {
+            self.history.note(&batch);
+            let _ = self.batches.send(batch);
+        }
+
+        fn follow(&self, after: i64) -> Result<Following, Compacted> {
+            let (history, batches) = (Arc::clone(&self.history), self.batches.clone());
+            Following::new(GROUP, revision(after), history, batches)
+        }
+    }
+
+    async fn told(following: &mut Following, count: usize) -> Vec<Revision> {
+        let mut told = Vec::new();
+        for _ in 0..count {
+            told.push(following.next().await.unwrap().unwrap().revision);
+        }
+        told
+    }
+
+    fn revisions(numbers: impl Iterator<Item = i64>) -> Vec<Revision> {
+        numbers.map(revision).collect()
+    }
+
+    #[tokio::test]
+    async fn a_watch_goes_on_anywhere_without_gap_or_repetition() {
+        let world = World::new(4);
+        for number in 1..=10 {
+            world.apply(batch(number, 10));
+        }
+        let mut following = world.follow(6).unwrap();
+        assert_eq!(told(&mut following, 2).await, revisions(7..=8));
+        // More than the queue holds: it is made good from what is kept.
+        for number in 11..=30 {
+            world.apply(batch(number, 10));
+        }
+        assert_eq!(told(&mut following, 22).await, revisions(9..=30));
+        // From a revision that this node has not reached yet.
+        let mut ahead = world.follow(32).unwrap();
+        for number in 31..=34 {
+            world.apply(batch(number, 10));
+        }
+        assert_eq!(told(&mut ahead, 2).await, revisions(33..=34));
+        assert_eq!(told(&mut following, 4).await, revisions(31..=34));
+    }
+
+    #[tokio::test]
+    async fn what_is_not_kept_is_said() {
+        let world = World::new(4);
+        for number in 1..=KEPT_COMMANDS as i64 + 5 {
+            world.apply(batch(number, 10));
+        }
+        let error = world.follow(4).unwrap_err();
+        assert_eq!((error.after, error.oldest), (revision(4), revision(5)));
+        assert!(world.follow(5).is_ok());
+        for number in 2_000..2_003 {
+            world.apply(batch(number, KEPT_BYTES / 2));
+        }
+        assert_eq!(world.follow(100).unwrap_err().oldest, revision(2_001));
+        let mut following = world.follow(2_002).unwrap();
+        world.apply(Batch {
+            reset: true,
+            changes: Vec::new(),
+            ..batch(3_000, 0)
+        });
+        let error = following.next().await.unwrap_err();
+        assert_eq!(error.oldest, revision(3_000));
+    }
+}

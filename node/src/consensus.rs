@@ -9,7 +9,7 @@ use krake_model::{GroupId, Member};
 use serde_json::{Value, json};
 
 use crate::federation::{Federation, now};
-use crate::membership::info_of;
+use crate::membership::{NO_REPLICA, info_of};
 use crate::owner::plan::{Sight, World as _};
 
 /// How long the consensus thread may take to describe itself.
@@ -42,14 +42,23 @@ impl Problem {
 /// What is needed to name replicas.
 struct Names {
     members: BTreeMap<u64, Member>,
+    /// Members that have no replica id until they come back after a restore.
+    waiting: Vec<Member>,
 }
 
 impl Names {
     fn new(federation: &Federation) -> Self {
-        let members = federation.catalog.members();
+        let members = federation.catalog.members().into_iter();
+        let (waiting, members): (Vec<Member>, Vec<Member>) =
+            members.partition(|member| member.replica == NO_REPLICA);
         Self {
             members: members.into_iter().map(|m| (m.replica, m)).collect(),
+            waiting,
         }
+    }
+
+    fn everybody(&self) -> impl Iterator<Item = &Member> {
+        self.members.values().chain(&self.waiting)
     }
 
     /// The site's name, or the replica's number when its member has left.
@@ -171,8 +180,7 @@ pub async fn peers(federation: &Federation) -> Result<Value, Problem> {
     }
     let count = |holds: &dyn Fn(&GroupDetail) -> bool| details.iter().filter(|d| holds(d)).count();
     let peers: Vec<Value> = names
-        .members
-        .values()
+        .everybody()
         .map(|member| {
             let own = member.node == federation.own;
             let state = moment.sight(&member.node, federation.lost_after).name();
@@ -230,9 +238,10 @@ fn parse_group(text: &str, shards: u16) -> Result<GroupId, Problem> {
 pub async fn transfer(federation: &Federation, group: &str, site: &str) -> Result<Value, Problem> {
     let group = parse_group(group, federation.catalog.shards)?;
     let names = Names::new(federation);
-    let found = names.members.values().find(|m| m.site.name == site);
+    let found = names.everybody().find(|m| m.site.name == site);
     let Some(member) = found else {
-        let known = names.all(names.members.keys()).join(", ");
+        let known: Vec<&str> = names.everybody().map(|m| m.site.name.as_str()).collect();
+        let known = known.join(", ");
         return Err(Problem::new(
             StatusCode::NOT_FOUND,
             "krake::unknown-site",

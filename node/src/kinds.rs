@@ -134,7 +134,7 @@ pub fn all() -> Vec<Kind> {
                 "spec": object("What is committed about it.", &json!({
                     "operator": text("Who runs it."),
                     "node": text("Its node's id."),
-                    "cordoned": {"type": "boolean", "description": "It takes no new applications."},
+                    "cordoned": {"type": "boolean", "description": "It takes no new applications, and its node leads no group that another one can lead."},
                     "location": free("Where it is."),
                     "backends": free("What it runs applications on, by name, with the API kinds that each serves."),
                     "labels": {"type": "object", "additionalProperties": {"type": "string"}, "description": "What label constraints see."},
@@ -147,7 +147,7 @@ pub fn all() -> Vec<Kind> {
             Column::new(
                 "Cordoned",
                 ".spec.cordoned",
-                "It takes no new applications.",
+                "It takes no new applications, and its node leads no group that another one can lead.",
             ),
             Column::new("Country", ".spec.location.country", "Where it is."),
             Column::new("Carbon", ".status.metrics.carbon", "g/kWh"),

@@ -749,7 +749,9 @@ pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: 
     let mut catch_up = tokio::time::interval(Duration::from_secs(1));
     catch_up.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut turn = 0;
+    let mut cordoned = false;
     loop {
+        follow_cordon(&federation, &mut cordoned).await;
         let members = tokio::select! {
             batch = batches.recv() => match batch {
                 Ok(batch) if batch.group == GroupId::META
@@ -782,6 +784,23 @@ pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: 
         if let Err(error) = data.store_membership(&membership) {
             warn!(%error, "the members could not be noted");
         }
+    }
+}
+
+/// A cordoned site is about to be worked on: its node gives away what it leads.
+async fn follow_cordon(federation: &Federation, cordoned: &mut bool) {
+    let key = format!("sites/{}", federation.site);
+    let Some((site, _)) = federation.catalog.read::<Value>(GroupId::META, &key) else {
+        return;
+    };
+    let now = site["spec"]["cordoned"] == true;
+    if now != *cordoned {
+        *cordoned = now;
+        info!(
+            cordoned,
+            "this site's cordon changed: a cordoned one leads nothing that another one can lead"
+        );
+        federation.catalog.host.set_reluctant(now).await;
     }
 }
 

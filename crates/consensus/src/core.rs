@@ -96,6 +96,7 @@ struct Peer {
     heard_at: u64,
     /// From its [`Pulse`].
     life: Option<u64>,
+    reluctant: bool,
     silent: bool,
 }
 
@@ -116,6 +117,8 @@ pub(crate) struct Core {
     peers: BTreeMap<u64, Peer>,
     /// Configurations changed since the peers were found.
     peers_stale: bool,
+    /// This node gives away what it leads.
+    reluctant: bool,
     /// What goes out with the next frames.
     sleeping: BTreeMap<u64, Vec<Sleep>>,
     /// Replicas that look for the leader of a group that is led here, or are told what is
@@ -150,6 +153,7 @@ impl Core {
             touched: BTreeSet::new(),
             peers: BTreeMap::new(),
             peers_stale: true,
+            reluctant: false,
             sleeping: BTreeMap::new(),
             asked_for: BTreeSet::new(),
             answers: BTreeMap::new(),
@@ -251,7 +255,12 @@ impl Core {
         if self.pulse_due {
             self.put_to_sleep();
         }
-        if self.ticks.is_multiple_of(BALANCE_TICKS) {
+        let often = if self.reluctant {
+            RECONCILE_TICKS
+        } else {
+            BALANCE_TICKS
+        };
+        if ticks.is_multiple_of(often) {
             self.balance();
         }
     }
@@ -267,6 +276,7 @@ impl Core {
                 self.peers.entry(id).or_insert(Peer {
                     heard_at: now,
                     life: None,
+                    reluctant: false,
                     silent: false,
                 });
             }
@@ -310,6 +320,7 @@ impl Core {
             return;
         };
         let known = peer.life.replace(pulse.life);
+        peer.reluctant = pulse.reluctant;
         if known.is_some_and(|known| known != pulse.life) {
             // It was started again: it leads nothing.
             for group in self.groups.values_mut() {
@@ -365,12 +376,13 @@ impl Core {
 
     fn pulse(&self) -> Pulse {
         let leaderless = self.groups.values().filter(|group| group.is_leaderless());
+        let leaderless = leaderless.map(|group| group.id);
+        // Nobody may wait for a leader whose replica was put aside.
+        let failed = self.failed.iter().copied();
         Pulse {
             life: self.settings.boot_nonce,
-            leaderless: leaderless
-                .map(|group| group.id)
-                .take(FRAME_MESSAGES_MAX)
-                .collect(),
+            leaderless: failed.chain(leaderless).take(FRAME_MESSAGES_MAX).collect(),
+            reluctant: self.reluctant,
         }
     }
 
@@ -503,12 +515,23 @@ impl Core {
         Some(group)
     }
 
-    /// Hands over groups to live voters that lead two groups fewer than this node.
+    /// Whether this node should lead nothing that another live voter can lead.
+    pub(crate) fn set_reluctant(&mut self, reluctant: bool) {
+        self.reluctant = reluctant;
+    }
+
+    /// Hands over groups to live voters that lead two groups fewer than this node; where it is
+    /// reluctant, all that it can.
     fn balance(&mut self) {
+        let peers = &self.peers;
+        let willing = |id: u64| {
+            let peer = peers.get(&id);
+            peer.is_none_or(|peer| !peer.reluctant && !peer.silent)
+        };
         let mut leads: BTreeMap<u64, usize> = self
             .members
             .values()
-            .filter(|member| member.alive)
+            .filter(|member| member.alive && willing(member.replica))
             .map(|member| (member.replica, 0))
             .collect();
         for group in self.groups.values() {
@@ -521,21 +544,21 @@ impl Core {
         let mut handed_over = 0;
         for group in self.groups.values_mut() {
             let settled = self.ticks.saturating_sub(group.leader_since_tick) > SETTLED_TICKS;
-            if !group.leads() || !settled {
+            if !group.leads() || !(settled || self.reluctant) {
                 continue;
             }
             let target = group
                 .voters()
                 .into_iter()
                 .filter_map(|id| leads.get(&id).map(|count| (*count, id)))
-                .filter(|(count, id)| *id != own && count + 2 <= mine)
+                .filter(|(count, id)| *id != own && (self.reluctant || count + 2 <= mine))
                 .min();
             let Some((count, id)) = target else { continue };
             if group.transfer(Some(id), own) {
-                debug!(group = %group.id, to = id, "leadership handed over for balance");
+                debug!(group = %group.id, to = id, reluctant = self.reluctant, "leadership handed over");
                 self.active.insert(group.id);
                 leads.insert(id, count + 1);
-                mine -= 1;
+                mine = mine.saturating_sub(1);
                 handed_over += 1;
                 if handed_over == BALANCED_AT_ONCE {
                     return;

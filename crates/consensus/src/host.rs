@@ -15,7 +15,7 @@ use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use parking_lot::RwLock;
 use tokio::sync::{broadcast, oneshot, watch};
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
 use crate::command::{Command, Committed, ProposeError, ReadError};
 use crate::core::{Batch, GroupStatus, Settings};
@@ -40,6 +40,11 @@ const WATCH_BACKLOG: usize = 8192;
 const RETRY_PAUSE: Duration = Duration::from_millis(15);
 /// How often a full disk is asked for room.
 const ROOM_INTERVAL: Duration = Duration::from_secs(1);
+/// A disk is slow when its writes take longer than this, on the average of the last ones (weight
+/// 1/8 for each new one): a leader's commits wait for it, a follower's do not.
+const SLOW_WRITE: Duration = Duration::from_millis(250);
+/// It is well again below this.
+const QUICK_WRITE: Duration = Duration::from_millis(50);
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
 
 /// How bytes reach another member.
@@ -98,6 +103,7 @@ enum Input {
     Members(Vec<MemberInfo>),
     Bootstrap(Vec<GroupId>, oneshot::Sender<Result<(), DiskError>>),
     HandOver(oneshot::Sender<usize>),
+    Reluctant(bool),
     Transfer(GroupId, u64, oneshot::Sender<TransferStart>),
     Look(oneshot::Sender<Vec<GroupDetail>>),
     Stop,
@@ -194,6 +200,8 @@ impl Host {
             home,
             members: Vec::new(),
             lives: 0,
+            reluctant: false,
+            slow: false,
             full: full_sender,
             inputs: receiver,
             output: Output {
@@ -203,6 +211,7 @@ impl Host {
                 history: Arc::clone(&history),
                 counters: Arc::clone(&counters),
                 writing_since: Instant::now(),
+                write_time: Duration::ZERO,
             },
             status: status_sender,
             clock: Box::new(clock),
@@ -728,6 +737,12 @@ impl Host {
         }
     }
 
+    /// Tells that this node should lead no group that another live voter can lead (`true`), as before
+    /// it is taken away; a node with a slow disk finds out for itself. It goes on voting.
+    pub async fn set_reluctant(&self, reluctant: bool) {
+        self.input(Input::Reluctant(reluctant)).await;
+    }
+
     /// Stops the thread after the round it is in; everything acknowledged is on disk.
     pub async fn stop(&self) {
         self.input(Input::Stop).await;
@@ -746,6 +761,10 @@ struct Engine {
     members: Vec<MemberInfo>,
     /// How often the catalog was opened again.
     lives: u64,
+    /// As told.
+    reluctant: bool,
+    /// The disk is slow.
+    slow: bool,
     full: watch::Sender<bool>,
     inputs: Receiver<Input>,
     output: Output,
@@ -762,6 +781,8 @@ struct Output {
     history: Arc<History>,
     counters: Arc<Counters>,
     writing_since: Instant,
+    /// Average of the last writes.
+    write_time: Duration,
 }
 
 impl Output {
@@ -791,6 +812,7 @@ impl Effects for Output {
 
     fn written(&mut self) {
         let took = self.writing_since.elapsed();
+        self.write_time = (self.write_time * 7 + took) / 8;
         Counters::add(&self.counters.writes, 1);
         Counters::add(&self.counters.write_micros, took.as_micros() as u64);
     }
@@ -868,6 +890,7 @@ impl Engine {
                 match self.inputs.recv_timeout(wait) {
                     Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(false),
                     Ok(Input::Members(members)) => self.members = members,
+                    Ok(Input::Reluctant(reluctant)) => self.reluctant = reluctant,
                     Ok(Input::Propose(_, _, reply)) => {
                         let _ = reply.send(Outcome::NotLeader(None));
                     }
@@ -906,9 +929,29 @@ impl Engine {
         let mut replica = Replica::new(settings, disk, groups)?;
         replica.set_members(self.members.clone());
         replica.rounds(&mut Unheard)?;
+        replica.set_reluctant(self.reluctant || self.slow);
         self.replica = replica;
         self.output.begin_anew(&self.replica.core.groups);
         self.rounds()
+    }
+
+    fn watch_disk(&mut self) {
+        let average = self.output.write_time;
+        let slow = average > if self.slow { QUICK_WRITE } else { SLOW_WRITE };
+        if slow == self.slow {
+            return;
+        }
+        self.slow = slow;
+        self.replica.set_reluctant(self.reluctant || slow);
+        let millis = average.as_millis() as u64;
+        if slow {
+            warn!(
+                millis,
+                "the disk is slow: others lead while it is, where they can"
+            );
+        } else {
+            info!(millis, "the disk is quick again");
+        }
     }
 
     fn serve(&mut self) -> Result<(), DiskError> {
@@ -967,6 +1010,10 @@ impl Engine {
             Input::HandOver(reply) => {
                 let _ = reply.send(self.replica.hand_over());
             }
+            Input::Reluctant(reluctant) => {
+                self.reluctant = reluctant;
+                self.replica.set_reluctant(reluctant || self.slow);
+            }
             Input::Transfer(group, to, reply) => {
                 let _ = reply.send(self.replica.transfer(group, to));
             }
@@ -980,6 +1027,7 @@ impl Engine {
 
     fn rounds(&mut self) -> Result<(), DiskError> {
         self.replica.rounds(&mut self.output)?;
+        self.watch_disk();
         self.status
             .send_if_modified(|known| self.replica.update_status(known));
         Ok(())

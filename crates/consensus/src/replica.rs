@@ -57,6 +57,10 @@ impl Replica {
         self.core.set_members(members);
     }
 
+    pub(crate) fn set_reluctant(&mut self, reluctant: bool) {
+        self.core.set_reluctant(reluctant);
+    }
+
     pub(crate) fn hand_over(&mut self) -> usize {
         self.core.hand_over()
     }

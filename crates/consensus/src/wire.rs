@@ -47,6 +47,8 @@ pub(crate) struct Pulse {
     pub(crate) life: u64,
     /// Groups it has a replica of whose leader it does not know.
     pub(crate) leaderless: Vec<GroupId>,
+    /// It should not lead: its disk is slow, or it is about to be taken away.
+    pub(crate) reluctant: bool,
 }
 
 impl Frame {
@@ -387,6 +389,7 @@ mod tests {
             pulse: Some(Pulse {
                 life: 77,
                 leaderless: vec![GroupId::of_shard(1)],
+                reluctant: true,
             }),
         }
     }
@@ -405,7 +408,7 @@ mod tests {
                 "000000000001030000000000000001000000000000000200000000000000010000000000000002000000",
                 "000000000100000000000000030000000000000001000000000000007300000000000000000105000000",
                 "00000000010000000000000078000000000000000001000000000000000000000004000000000000000a",
-                "00000000000000014d00000000000000010000000000000002000000"
+                "00000000000000014d0000000000000001000000000000000200000001"
             )
         );
         let read = Frame::decode(&bytes).unwrap();
@@ -431,7 +434,7 @@ mod tests {
         let reply = CallReply::NotLeader(Some(3));
         assert_eq!(
             hex::encode(reply.encode().unwrap()),
-            concat!("0101000000010300000000000000")
+            "0101000000010300000000000000"
         );
     }
 

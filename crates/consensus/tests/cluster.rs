@@ -152,6 +152,27 @@ async fn a_clean_stop_hands_leadership_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reluctant_member_leads_nothing_until_it_may_again() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 3).await;
+    let led = |host: &Host| host.status().borrow().values().filter(|s| s.leads).count();
+    let all = groups().len();
+    let leader = hosts[0].status().borrow()[&GroupId::META].leader.unwrap();
+    let host = &hosts[leader as usize - 1];
+    host.set_reluctant(true).await;
+    support::until("it leads nothing", || led(host) == 0).await;
+    support::until("the others lead all", || {
+        hosts.iter().map(led).sum::<usize>() == all
+    })
+    .await;
+    let write = put("key", "value", Expect::Any);
+    host.propose(GroupId::META, write, LIMIT).await.unwrap();
+    assert_eq!(led(host), 0, "the others balance among themselves");
+    host.set_reluctant(false).await;
+    support::until("it gets its share", || led(host) > 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_operator_sees_every_group_and_hands_leadership_over_through_any_node() {
     let mut cluster = Cluster::new();
     let hosts = formed(&mut cluster, 5).await;

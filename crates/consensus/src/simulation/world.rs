@@ -983,21 +983,7 @@ impl<'a> World<'a> {
                     node.clock = jump;
                 }
             }
-            11 | 12 => {
-                let newcomer = self
-                    .nodes
-                    .iter()
-                    .find(|(_, node)| !node.member && !node.left);
-                if let Some(id) = newcomer.map(|(id, _)| *id) {
-                    if let Some(node) = self.nodes.get_mut(&id) {
-                        node.member = true;
-                    }
-                    self.start(id)?;
-                } else if kind == 12 && self.can_spare(5) {
-                    self.leave(victim);
-                }
-                self.tell_members();
-            }
+            11 | 12 => self.join_or_leave(victim, kind)?,
             17 => {
                 self.lull_until = self.now + self.random.random_range(SECOND..8 * SECOND);
             }
@@ -1031,6 +1017,24 @@ impl<'a> World<'a> {
             })?,
             _ => {}
         }
+        Ok(())
+    }
+
+    /// Somebody new joins; where nobody is left, a member leaves now and then.
+    fn join_or_leave(&mut self, victim: u64, kind: u8) -> Result<(), String> {
+        let newcomer = self
+            .nodes
+            .iter()
+            .find(|(_, node)| !node.member && !node.left);
+        if let Some(id) = newcomer.map(|(id, _)| *id) {
+            if let Some(node) = self.nodes.get_mut(&id) {
+                node.member = true;
+            }
+            self.start(id)?;
+        } else if kind == 12 && self.can_spare(5) {
+            self.leave(victim);
+        }
+        self.tell_members();
         Ok(())
     }
 

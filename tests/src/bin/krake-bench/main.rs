@@ -1,8 +1,8 @@
 //! The benchmark: five sites on this machine, ratios to the same API servers in the same run.
 //!
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
-//! `burst`, `leader`, `failover-fast`, `failover` and `idle`, and `catalog` against etcd; without one
-//! all of them run. Each prints lines of a table for `docs/benchmarks.md`.
+//! `burst`, `transfer`, `leader`, `failover-fast`, `failover` and `idle`, and `catalog` against etcd;
+//! without one all of them run. Each prints lines of a table for `docs/benchmarks.md`.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -428,6 +428,33 @@ impl Bench {
         );
     }
 
+    /// Hands groups over that sleep and that do not, and asks how long it took.
+    async fn transfer(&self, rounds: usize) {
+        let http = reqwest::Client::new();
+        let sites = self.net.sites();
+        let base = format!("{}/v1/consensus", sites[0].api);
+        let mut times = Vec::new();
+        for round in 0..rounds {
+            let group = format!("shard-{}", round % 16);
+            let groups = http.get(&base).bearer_auth(sites[0].token());
+            let groups: Value = groups.send().await.unwrap().json().await.unwrap();
+            let known = groups["groups"].as_array().unwrap();
+            let known = known.iter().find(|g| g["group"] == group.as_str()).unwrap();
+            let voters = known["voters"].as_array().unwrap();
+            let next = voters.iter().find(|voter| **voter != known["leader"]);
+            let url = format!("{base}/groups/{group}/transfer");
+            let request = http.post(url).bearer_auth(sites[0].token());
+            let start = Instant::now();
+            let answer = request.json(&json!({"to": next})).send().await.unwrap();
+            assert!(answer.status().is_success(), "{:?}", answer.text().await);
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        println!(
+            "| planned handover of a shard, ms p50 / p95 / max (goal: one round trip and 50), n={rounds} | {} |",
+            spread(&mut times)
+        );
+    }
+
     async fn idle(&self) {
         // What is measured is a rate over a time, so a time has to pass.
         let ticks = |pid: u32| {
@@ -562,6 +589,9 @@ async fn main() {
     }
     if wants("burst") {
         bench.burst(500).await;
+    }
+    if wants("transfer") {
+        bench.transfer(48).await;
     }
     if wants("leader") {
         bench.leader(20).await;

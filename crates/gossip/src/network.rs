@@ -54,6 +54,10 @@ const JOIN_ANSWER_TIME: Duration = Duration::from_secs(1);
 /// not with 6): two nodes that dial each other at once have two connections that
 /// are made within this time.
 const DIAL_TIME: Duration = Duration::from_secs(15);
+/// One dial that tries several addresses may for a moment be seen here as several connections.
+const RACE_TIME: Duration = Duration::from_secs(2);
+/// As [`PING_TIME`], where the peer has made another connection.
+const DOUBT_TIME: Duration = Duration::from_millis(1500);
 /// A connection on which a ping is not answered for this long is closed.
 const PING_TIME: Duration = Duration::from_secs(4);
 /// When the care task was away for longer, this node was paused, and what it did not hear says
@@ -885,7 +889,7 @@ struct SwarmTask {
     commands: mpsc::Receiver<Command>,
     exchange: mpsc::Sender<PeerId>,
     /// When each connection was made, and whether as a member's.
-    connections: BTreeMap<ConnectionId, (PeerId, Instant, bool)>,
+    connections: BTreeMap<ConnectionId, Made>,
     /// Since when a member without a connection is wanted.
     wanted_since: BTreeMap<PeerId, Instant>,
     last_care: Instant,
@@ -923,26 +927,46 @@ impl Pinger {
                 continue;
             };
             self.asked.insert(node, now);
-            let (lines, streams) = (Arc::clone(&self.lines), self.streams.clone());
-            let (shared, unanswered) = (Arc::downgrade(shared), unanswered.clone());
-            tokio::spawn(async move {
-                let runtime = tokio::runtime::Handle::current();
-                let start = Instant::now();
-                let ping = lines.ping(&runtime, &streams, (node, peer));
-                match tokio::time::timeout(PING_TIME, ping).await {
-                    Ok(Ok(())) => {
-                        if let Some(shared) = shared.upgrade() {
-                            shared.measured(node, start.elapsed());
-                        }
-                    }
-                    Ok(Err(fault)) => debug!(%node, ?fault, "no ping"),
-                    Err(_) => {
-                        let _ = unanswered.send(peer).await;
-                    }
-                }
-            });
+            self.ping(shared, unanswered, (node, peer), PING_TIME);
         }
     }
+
+    fn ping(
+        &self,
+        shared: &Arc<Shared>,
+        unanswered: &mpsc::Sender<PeerId>,
+        (node, peer): (NodeId, PeerId),
+        patience: Duration,
+    ) {
+        let (lines, streams) = (Arc::clone(&self.lines), self.streams.clone());
+        let (shared, unanswered) = (Arc::downgrade(shared), unanswered.clone());
+        tokio::spawn(async move {
+            let runtime = tokio::runtime::Handle::current();
+            let start = Instant::now();
+            let ping = lines.ping(&runtime, &streams, (node, peer));
+            match tokio::time::timeout(patience, ping).await {
+                Ok(Ok(())) => {
+                    if let Some(shared) = shared.upgrade() {
+                        shared.measured(node, start.elapsed());
+                    }
+                }
+                Ok(Err(fault)) => debug!(%node, ?fault, "no ping"),
+                Err(_) => {
+                    let _ = unanswered.send(peer).await;
+                }
+            }
+        });
+    }
+}
+
+/// A connection that is there.
+struct Made {
+    peer: PeerId,
+    at: Instant,
+    /// It was made to a member, as one.
+    member: bool,
+    /// The other side dialled.
+    incoming: bool,
 }
 
 impl SwarmTask {
@@ -957,8 +981,7 @@ impl SwarmTask {
                     None => return,
                 },
                 Some(peer) = self.silent.recv() => {
-                    debug!(%peer, "no answer to a ping; the connection is closed");
-                    let _ = self.swarm.disconnect_peer_id(peer);
+                    self.close_unanswered(peer);
                 }
                 _ = care.tick() => {
                     let Some(shared) = self.shared.upgrade() else { return };
@@ -1054,14 +1077,49 @@ impl SwarmTask {
         }
     }
 
-    /// A peer dials when it has no connection: if it has one here that is old, it was restarted.
+    /// A peer dials when it has no connection: those that it made before are lost to it. One that
+    /// was made from here may be of the same moment, when both dialled; if it is old, the peer was
+    /// restarted. If it is neither, a ping over it tells; the two sides wait differently long, for
+    /// each could close the one that the other one kept.
     fn close_older(&mut self, peer: PeerId) {
-        let older = self
+        let older = self.connections.iter().filter(|(_, made)| {
+            let limit = if made.incoming { RACE_TIME } else { DIAL_TIME };
+            made.peer == peer && made.at.elapsed() > limit
+        });
+        let older: Vec<ConnectionId> = older.map(|(connection, _)| *connection).collect();
+        for connection in &older {
+            self.swarm.close_connection(*connection);
+        }
+        let doubtful = self
             .connections
             .iter()
-            .filter(|(_, (other, made, _))| *other == peer && made.elapsed() > DIAL_TIME);
-        let older: Vec<ConnectionId> = older.map(|(connection, _)| *connection).collect();
-        for connection in older {
+            .any(|(id, made)| made.peer == peer && made.member && !older.contains(id));
+        let (Some(shared), Some(node)) = (self.shared.upgrade(), node_id(&peer)) else {
+            return;
+        };
+        if doubtful {
+            let patience = DOUBT_TIME * if shared.own < node { 1 } else { 2 };
+            self.pinger
+                .ping(&shared, &self.unanswered, (node, peer), patience);
+        }
+    }
+
+    /// A ping goes over one of the peer's connections: a newer one than the others may be well.
+    fn close_unanswered(&mut self, peer: PeerId) {
+        let own = self
+            .connections
+            .iter()
+            .filter(|(_, made)| made.peer == peer);
+        let mut own: Vec<(Instant, ConnectionId)> = own
+            .map(|(connection, made)| (made.at, *connection))
+            .collect();
+        own.sort_unstable_by_key(|(at, _)| *at);
+        let newest = own.pop();
+        debug!(%peer, others = own.len(), "no answer to a ping; the connection is closed");
+        if own.is_empty() {
+            own.extend(newest);
+        }
+        for (_, connection) in own {
             self.swarm.close_connection(connection);
         }
     }
@@ -1072,10 +1130,10 @@ impl SwarmTask {
         let Some(shared) = self.shared.upgrade() else {
             return;
         };
-        let wrong = self.connections.iter().filter(|(_, (peer, at, member))| {
-            match (member, shared.is_member(peer)) {
-                (false, true) => !shared.is_joining(peer),
-                (false, false) => at.elapsed() > OUTSIDER_TIME,
+        let wrong = self.connections.iter().filter(|(_, made)| {
+            match (made.member, shared.is_member(&made.peer)) {
+                (false, true) => !shared.is_joining(&made.peer),
+                (false, false) => made.at.elapsed() > OUTSIDER_TIME,
                 (true, is_member) => !is_member,
             }
         });
@@ -1130,8 +1188,13 @@ impl SwarmTask {
                     shared.traffic.connections.fetch_add(1, Ordering::Relaxed);
                 }
                 let member = self.swarm.behaviour().members.is_admitted(connection_id);
-                self.connections
-                    .insert(connection_id, (peer_id, Instant::now(), member));
+                let made = Made {
+                    peer: peer_id,
+                    at: Instant::now(),
+                    member,
+                    incoming: endpoint.is_listener(),
+                };
+                self.connections.insert(connection_id, made);
                 self.wanted_since.remove(&peer_id);
                 if member {
                     self.on_connected(peer_id);
@@ -1145,11 +1208,11 @@ impl SwarmTask {
                 let was_member = self
                     .connections
                     .remove(&connection_id)
-                    .is_none_or(|(_, _, member)| member);
+                    .is_none_or(|made| made.member);
                 let left = self
                     .connections
                     .values()
-                    .any(|(peer, _, member)| *member && *peer == peer_id);
+                    .any(|made| made.member && made.peer == peer_id);
                 if let (false, Some(shared), Some(node)) =
                     (left, self.shared.upgrade(), node_id(&peer_id))
                 {

@@ -7,11 +7,14 @@ use std::sync::Arc;
 
 use krake_model::ids::{GroupId, NodeId};
 use krake_model::revision::Revision;
+use krake_model::time::Timestamp;
+use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
 
+use crate::command::Command;
 use crate::disk::{Change as LogChange, Write};
 use crate::gate;
-use crate::group::Group;
+use crate::group::{Group, Outcome};
 use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::log::{GroupLog, HardState};
 use crate::machine::Change;
@@ -111,6 +114,8 @@ pub(crate) struct Core {
     active: BTreeSet<GroupId>,
     /// Groups of the round between its halves.
     working: Vec<GroupId>,
+    /// Groups of the round before, whose reads are to be answered.
+    answering: Vec<GroupId>,
     /// Groups that changed since their status was told.
     touched: BTreeSet<GroupId>,
     /// Nodes that this one votes with: both hear of each other every heartbeat interval.
@@ -131,16 +136,27 @@ pub(crate) struct Core {
     followers_due: bool,
     counter: u64,
     ticks: u64,
+    /// The highest stamp that this node has seen, given, or promised to be above: the logical part
+    /// of a hybrid clock (Kulkarni et al. 2014). Every frame carries it; a group that is led here
+    /// gives no stamp up to it any more.
+    clock: Revision,
     /// Which configuration of each group its status shows.
     shown: BTreeMap<GroupId, u64>,
 }
 
 impl Core {
-    pub(crate) fn new(settings: Settings, logs: Vec<(GroupId, GroupLog)>) -> Result<Self, String> {
+    /// `clock`: no lower than [`Self::clock`] was when this node sent something last.
+    pub(crate) fn new(
+        settings: Settings,
+        logs: Vec<(GroupId, GroupLog)>,
+        clock: Revision,
+    ) -> Result<Self, String> {
         let mut groups = BTreeMap::new();
         for (id, log) in logs {
             groups.insert(id, Group::new(id, log, &settings)?);
         }
+        let stamps = groups.values().map(|group| group.machine.read().last_stamp);
+        let clock = stamps.fold(clock, Revision::max);
         let active = groups.keys().copied().collect();
         Ok(Self {
             settings,
@@ -150,6 +166,7 @@ impl Core {
             failed: BTreeSet::new(),
             active,
             working: Vec::new(),
+            answering: Vec::new(),
             touched: BTreeSet::new(),
             peers: BTreeMap::new(),
             peers_stale: true,
@@ -161,6 +178,7 @@ impl Core {
             followers_due: false,
             counter: 0,
             ticks: 0,
+            clock,
             shown: BTreeMap::new(),
         })
     }
@@ -433,6 +451,7 @@ impl Core {
             warn!(%from, "a frame with a wrong address was dropped");
             return;
         }
+        self.clock = self.clock.max(frame.clock);
         self.hear(sender, frame.pulse);
         for (id, message) in frame.messages {
             self.receive_one(sender, id, message);
@@ -513,6 +532,47 @@ impl Core {
         let group = self.groups.get_mut(&id)?;
         self.active.insert(id);
         Some(group)
+    }
+
+    /// Proposes a command in a group that is led here.
+    pub(crate) fn propose(
+        &mut self,
+        id: GroupId,
+        command: Command,
+        reply: oneshot::Sender<Outcome>,
+        now: Timestamp,
+    ) {
+        let clock = self.clock;
+        let Some(group) = self.group_mut(id) else {
+            let _ = reply.send(Outcome::NotLeader(None));
+            return;
+        };
+        if let Some(stamp) = group.propose(command, reply, now, clock) {
+            self.clock = self.clock.max(stamp);
+        }
+    }
+
+    /// Closes the stamps of a group up to `at`, see [`Group::close`]. Where another one leads, the
+    /// answer is dropped.
+    pub(crate) fn close(&mut self, id: GroupId, at: Revision, reply: oneshot::Sender<u64>) {
+        self.clock = self.clock.max(at);
+        if let Some(group) = self.group_mut(id) {
+            group.close(reply);
+        }
+    }
+
+    /// See the field.
+    pub(crate) const fn clock(&self) -> Revision {
+        self.clock
+    }
+
+    /// Answers the reads that the last round made possible.
+    pub(crate) fn answer_reads(&mut self) {
+        for id in std::mem::take(&mut self.answering) {
+            if let Some(group) = self.groups.get_mut(&id) {
+                group.answer_reads();
+            }
+        }
     }
 
     /// Whether this node should lead nothing that another live voter can lead.
@@ -636,6 +696,7 @@ impl Core {
         let mut messages = Vec::new();
         let working = std::mem::take(&mut self.working);
         self.touched.extend(&working);
+        self.answering.clone_from(&working);
         let (mut active, mut changed) = (Vec::new(), false);
         let mut telling = Vec::new();
         self.each(Some(working), |group, settings| {
@@ -664,13 +725,14 @@ impl Core {
     fn frames(&mut self, messages: Vec<(GroupId, Message)>) -> Vec<(NodeId, Frame)> {
         let mut open: BTreeMap<u64, (usize, Vec<(GroupId, Message)>)> = BTreeMap::new();
         let mut frames = Vec::new();
-        let own = self.settings.replica;
+        let (own, clock) = (self.settings.replica, self.clock);
         let frame = |to, messages| Frame {
             from: own,
             to,
             messages,
             sleeping: Vec::new(),
             pulse: None,
+            clock,
         };
         for (group, message) in messages {
             let to = message.to;
@@ -718,7 +780,10 @@ impl Core {
         }
         let pulse = std::mem::take(&mut self.pulse_due).then(|| self.pulse());
         if let Some(pulse) = &pulse {
-            let everybody = !pulse.leaderless.is_empty();
+            // Who only follows hears of those it follows, too, if less often: a connection over
+            // which nothing is sent is not missed when it is lost.
+            let leads = || self.groups.values().any(Group::is_leader);
+            let everybody = !pulse.leaderless.is_empty() || self.followers_due && leads();
             let members = self.members.keys().filter(|id| everybody && **id != own);
             let to = self.answers.keys().chain(self.peers.keys()).chain(members);
             for to in to {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use krake_model::codec::{self, CodecError, RECORD_BYTES_MAX};
 use krake_model::ids::GroupId;
+use krake_model::revision::Revision;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -27,6 +28,9 @@ const PIECE_BYTES: usize = 4 * 1024 * 1024;
 const SEGMENTS_MIN: usize = 4;
 const SNAPSHOT_PREFIX: &str = "snapshot-";
 const UNFINISHED: &str = ".tmp";
+/// See [`Disk::keep_clock`].
+const CLOCK: &str = "clock";
+const CLOCK_VERSION: u8 = 1;
 /// Written and removed to find out whether there is room again.
 const PROBE: &str = "room.tmp";
 const PROBE_BYTES: usize = 32 * 1024 * 1024;
@@ -176,6 +180,7 @@ pub(crate) struct Disk {
     wal: Wal,
     states: BTreeMap<GroupId, State>,
     places: BTreeMap<GroupId, Places>,
+    clock: Revision,
 }
 
 /// In which segments one group's entries are, newest copies only: ranges of indices in order.
@@ -401,6 +406,7 @@ impl Disk {
         };
         let io = |error| problem.of(WalError::Io(error));
         let mut snapshots = BTreeMap::new();
+        let mut clock = Revision::NONE;
         for name in directory.list().map_err(io)? {
             if name.ends_with(UNFINISHED) {
                 directory.remove(&name).map_err(io)?;
@@ -408,6 +414,8 @@ impl Disk {
                 let (group, snapshot) =
                     read_snapshot(&*directory, &name).map_err(|error| problem.of(error))?;
                 snapshots.insert(group, snapshot);
+            } else if name == CLOCK {
+                clock = read_clock(&*directory).map_err(|error| problem.of(error))?;
             }
         }
         let mut groups: BTreeMap<GroupId, Replayed> = BTreeMap::new();
@@ -459,6 +467,7 @@ impl Disk {
             wal,
             states,
             places,
+            clock,
         };
         Ok((disk, logs))
     }
@@ -530,19 +539,37 @@ impl Disk {
     fn store_snapshot(&self, group: GroupId, snapshot: &Snapshot) -> Result<(), DiskError> {
         let payload = codec::encode(SNAPSHOT_VERSION, &(group, snapshot))
             .map_err(|source| DiskError::Encode { group, source })?;
-        let name = snapshot_name(group);
+        let sync = !planted::has(Bug::SnapshotNotSynced);
+        self.replace(&snapshot_name(group), &payload, sync)
+    }
+
+    fn replace(&self, name: &str, payload: &[u8], sync: bool) -> Result<(), DiskError> {
         let unfinished = format!("{name}{UNFINISHED}");
         self.directory
             .create(&unfinished)
             .and_then(|file| {
-                file.write_at(0, &frame::write(1, &payload))?;
-                if planted::has(Bug::SnapshotNotSynced) {
-                    return Ok(());
-                }
-                file.sync()
+                file.write_at(0, &frame::write(1, payload))?;
+                if sync { file.sync() } else { Ok(()) }
             })
-            .and_then(|()| self.directory.rename(&unfinished, &name))
+            .and_then(|()| self.directory.rename(&unfinished, name))
             .map_err(|error| self.problem(WalError::Io(error)))
+    }
+
+    /// What was written with [`Self::keep_clock`] last.
+    pub(crate) const fn clock(&self) -> Revision {
+        self.clock
+    }
+
+    /// Notes durably that this node may have promised that no stamp up to `bound` is given any
+    /// more.
+    pub(crate) fn keep_clock(&mut self, bound: Revision) -> Result<(), DiskError> {
+        let payload = codec::encode(CLOCK_VERSION, &bound).map_err(|source| DiskError::Encode {
+            group: GroupId::META,
+            source,
+        })?;
+        self.replace(CLOCK, &payload, true)?;
+        self.clock = bound;
+        Ok(())
     }
 
     /// Groups with entries in a segment that are still wanted.
@@ -638,23 +665,41 @@ fn pieces(changes: Vec<Change>) -> Vec<Vec<Change>> {
     pieces
 }
 
-fn read_snapshot(directory: &dyn Directory, name: &str) -> Result<(GroupId, Snapshot), WalError> {
-    let bytes = directory.read(name)?;
-    let damaged = |reason: String| WalError::Damaged {
+fn damaged(name: &str, reason: String) -> WalError {
+    WalError::Damaged {
         file: name.to_owned(),
         offset: 0,
         reason,
+    }
+}
+
+/// What [`Disk::replace`] wrote.
+fn read_whole<'a>(bytes: &'a [u8], name: &str) -> Result<&'a [u8], WalError> {
+    let Found::Frame { payload, .. } = frame::read(bytes, 0, 1) else {
+        let reason = "its contents are not what was written";
+        return Err(damaged(name, reason.to_owned()));
     };
-    let Found::Frame { payload, .. } = frame::read(&bytes, 0, 1) else {
-        return Err(damaged("its contents are not what was written".to_owned()));
-    };
+    Ok(payload)
+}
+
+fn read_snapshot(directory: &dyn Directory, name: &str) -> Result<(GroupId, Snapshot), WalError> {
+    let bytes = directory.read(name)?;
+    let payload = read_whole(&bytes, name)?;
     let (group, snapshot): (GroupId, Snapshot) =
         codec::decode(SNAPSHOT_VERSION, payload, RECORD_BYTES_MAX)
-            .map_err(|error| damaged(error.to_string()))?;
+            .map_err(|error| damaged(name, error.to_string()))?;
     if snapshot_name(group) != name {
-        return Err(damaged(format!("it is the snapshot of group {group}")));
+        let reason = format!("it is the snapshot of group {group}");
+        return Err(damaged(name, reason));
     }
     Ok((group, snapshot))
+}
+
+fn read_clock(directory: &dyn Directory) -> Result<Revision, WalError> {
+    let bytes = directory.read(CLOCK)?;
+    let payload = read_whole(&bytes, CLOCK)?;
+    codec::decode(CLOCK_VERSION, payload, RECORD_BYTES_MAX)
+        .map_err(|error| damaged(CLOCK, error.to_string()))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio::sync::broadcast::{self, error::RecvError};
 
 use crate::core::Batch;
-use crate::machine::Entry;
+use crate::machine::{Change, Entry};
 
 /// Commands whose changes are kept, of each group.
 const KEPT_COMMANDS: usize = 1024;
@@ -30,30 +30,29 @@ pub struct Compacted {
     pub oldest: Revision,
 }
 
-/// What one command changed: keys, and what they are now (`None`: removed).
+/// What one command changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changes {
     /// The group's revision after it.
     pub revision: Revision,
     /// All of it took effect at once.
-    pub changes: Vec<(String, Option<Entry>)>,
+    pub changes: Vec<Change>,
 }
 
 impl Changes {
     fn of(batch: &Batch) -> Self {
-        let changes = batch.changes.iter();
         Self {
             revision: batch.revision,
-            changes: changes
-                .map(|change| (change.key.clone(), change.entry.clone()))
-                .collect(),
+            changes: batch.changes.clone(),
         }
     }
 
     fn bytes(&self) -> usize {
-        let sizes = self.changes.iter().map(|(key, entry)| {
-            64 + key.len() + entry.as_ref().map_or(0, |entry| entry.value.len())
-        });
+        let size = |entry: &Option<Entry>| entry.as_ref().map_or(0, |entry| entry.value.len());
+        let sizes = self
+            .changes
+            .iter()
+            .map(|change| 128 + change.key.len() + size(&change.entry) + size(&change.previous));
         sizes.sum()
     }
 }
@@ -96,6 +95,33 @@ impl History {
             kept.bytes -= oldest.bytes();
             kept.floor = oldest.revision;
         }
+    }
+
+    /// Takes the changes after `at` back from `entries`, which are those under `prefix` as of
+    /// revision `newest`. `false`: the newest changes are not noted yet, and nothing was taken back.
+    pub(crate) fn undo(
+        &self,
+        group: GroupId,
+        at: Revision,
+        newest: Revision,
+        prefix: &str,
+        entries: &mut BTreeMap<String, Entry>,
+    ) -> Result<bool, Compacted> {
+        let later = self.after(group, at)?;
+        if later.back().is_none_or(|last| last.revision < newest) {
+            return Ok(false);
+        }
+        let later = later.iter().filter(|changes| changes.revision <= newest);
+        for change in later.rev().flat_map(|changes| changes.changes.iter().rev()) {
+            if !change.key.starts_with(prefix) {
+                continue;
+            }
+            match &change.previous {
+                Some(previous) => entries.insert(change.key.clone(), previous.clone()),
+                None => entries.remove(&change.key),
+            };
+        }
+        Ok(true)
     }
 
     fn after(&self, group: GroupId, after: Revision) -> Result<VecDeque<Arc<Changes>>, Compacted> {

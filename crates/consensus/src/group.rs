@@ -70,19 +70,62 @@ const READ_RETRY_TICKS: u64 = 3;
 /// heartbeat interval, so that all followers know what is committed.
 const QUIET_TICKS: u64 = 10;
 
+/// Who waits until a majority has confirmed that this replica's leader still leads.
+#[derive(Debug)]
+enum Reader {
+    /// Reads when everything committed before is applied.
+    Read(oneshot::Sender<()>),
+    /// Closed the stamps up to some moment, as leader in a term with a log up to `last`: a majority
+    /// knows of it if the leader is still the same.
+    Close {
+        term: u64,
+        last: u64,
+        reply: oneshot::Sender<u64>,
+    },
+}
+
+impl Reader {
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::Read(reply) => reply.is_closed(),
+            Self::Close { reply, .. } => reply.is_closed(),
+        }
+    }
+
+    fn answer(self, now: u64) {
+        match self {
+            Self::Read(reply) => {
+                let _ = reply.send(());
+            }
+            Self::Close { term, last, reply } if term == now => {
+                let _ = reply.send(last);
+            }
+            Self::Close { .. } => {}
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Reads {
     /// Not yet asked.
-    queued: Vec<oneshot::Sender<()>>,
+    queued: Vec<Reader>,
     /// Asked under a context at a tick.
-    asked: BTreeMap<Vec<u8>, (u64, Vec<oneshot::Sender<()>>)>,
+    asked: BTreeMap<Vec<u8>, (u64, Vec<Reader>)>,
     /// Confirmed, waiting until the index is applied.
-    confirmed: Vec<(u64, Vec<oneshot::Sender<()>>)>,
+    confirmed: Vec<(u64, Vec<Reader>)>,
+    /// To be answered when the changes were told to those who watch.
+    done: Vec<Reader>,
 }
 
 impl Reads {
     fn is_empty(&self) -> bool {
         self.queued.is_empty() && self.asked.is_empty() && self.confirmed.is_empty()
+    }
+
+    fn waiting(&self) -> usize {
+        let asked = self.asked.values().map(|(_, readers)| readers.len());
+        let confirmed = self.confirmed.iter().map(|(_, readers)| readers.len());
+        self.queued.len() + asked.sum::<usize>() + confirmed.sum::<usize>()
     }
 }
 
@@ -468,6 +511,12 @@ impl Group {
 
     fn after_tick_reads(&mut self) {
         let ticks = self.ticks;
+        for (_, readers) in &mut self.reads.confirmed {
+            readers.retain(|reader| !reader.is_gone());
+        }
+        self.reads
+            .confirmed
+            .retain(|(_, readers)| !readers.is_empty());
         let late: Vec<Vec<u8>> = self
             .reads
             .asked
@@ -479,7 +528,7 @@ impl Group {
             if let Some((_, waiters)) = self.reads.asked.remove(&context) {
                 self.reads
                     .queued
-                    .extend(waiters.into_iter().filter(|waiter| !waiter.is_closed()));
+                    .extend(waiters.into_iter().filter(|waiter| !waiter.is_gone()));
             }
         }
     }
@@ -507,24 +556,32 @@ impl Group {
             }
     }
 
-    pub(crate) fn propose(&mut self, command: Command, waiter: Waiter, now: Timestamp) {
+    /// Returns the stamp, above `clock` and not before `now`, of what was proposed.
+    pub(crate) fn propose(
+        &mut self,
+        command: Command,
+        waiter: Waiter,
+        now: Timestamp,
+        clock: Revision,
+    ) -> Option<Revision> {
         self.dirty = true;
         if let Some(answer) = self.machine.read().answer(command.request) {
             let _ = waiter.send(Outcome::Done(self.to_result(answer.clone())));
-            return;
+            return None;
         }
         if !self.is_leader() {
             let _ = waiter.send(Outcome::NotLeader(self.leader()));
-            return;
+            return None;
         }
         if let Some(waiters) = self.proposals.get_mut(&command.request) {
             waiters.push(waiter);
-            return;
+            return None;
         }
         let floor = if planted::has(Bug::StampsStartAnew) {
             Revision::NONE
         } else {
-            self.last_stamp.max(self.machine.read().last_stamp)
+            let own = self.last_stamp.max(self.machine.read().last_stamp);
+            own.max(clock)
         };
         let stamp = Revision::next(floor, now, self.id.number());
         let request = command.request;
@@ -532,7 +589,7 @@ impl Group {
             Ok(data) => data,
             Err(error) => {
                 let _ = waiter.send(Outcome::Done(Err(ProposeError::Invalid(error.to_string()))));
-                return;
+                return None;
             }
         };
         self.rouse();
@@ -540,10 +597,12 @@ impl Group {
             Ok(()) => {
                 self.last_stamp = stamp;
                 self.proposals.entry(request).or_default().push(waiter);
+                Some(stamp)
             }
             // Dropped while leadership is handed over or too much is in flight: ask again.
             Err(_) => {
                 let _ = waiter.send(Outcome::NotLeader(None));
+                None
             }
         }
     }
@@ -565,19 +624,53 @@ impl Group {
             let _ = waiter.send(());
             return;
         }
-        let waiting = self.reads.queued.len()
-            + self
-                .reads
-                .asked
-                .values()
-                .map(|(_, w)| w.len())
-                .sum::<usize>();
-        if waiting < READS_MAX {
+        self.ask(Reader::Read(waiter));
+    }
+
+    /// As leader, when the node's clock has just been set: tells the index of the log up to which
+    /// all stamps are that the clock has passed, as soon as it is certain that no other leader will
+    /// give one of them. A majority has seen the clock then, and whoever is elected hears of it
+    /// from one of them. The commit index would not do: what is not committed yet has its stamp.
+    pub(crate) fn close(&mut self, reply: oneshot::Sender<u64>) {
+        self.dirty = true;
+        let raft = &self.raw.raft;
+        let log = &raft.raft_log;
+        let last = if planted::has(Bug::ClosedAtCommit) {
+            log.committed
+        } else {
+            log.last_index()
+        };
+        let term = raft.term;
+        if self.is_leader() {
+            self.ask(Reader::Close { term, last, reply });
+        }
+    }
+
+    /// Answers when the log is applied up to `index`.
+    pub(crate) fn await_applied(&mut self, index: u64, waiter: oneshot::Sender<()>) {
+        self.dirty = true;
+        if self.reads.waiting() < READS_MAX {
+            self.reads
+                .confirmed
+                .push((index, vec![Reader::Read(waiter)]));
+        }
+    }
+
+    fn ask(&mut self, reader: Reader) {
+        if self.reads.waiting() < READS_MAX {
             // A sleeping leader answers heartbeats only while it sends them; a follower's time
             // must run for the read to be asked again.
             self.awaken(0);
             self.active_at = self.ticks;
-            self.reads.queued.push(waiter);
+            self.reads.queued.push(reader);
+        }
+    }
+
+    /// To be called when the changes that [`Self::complete`] made were told to those who watch.
+    pub(crate) fn answer_reads(&mut self) {
+        let term = self.raw.raft.term;
+        for reader in self.reads.done.drain(..) {
+            reader.answer(term);
         }
     }
 
@@ -592,7 +685,7 @@ impl Group {
             self.leader().is_some()
         };
         if !can_ask {
-            self.reads.queued.retain(|waiter| !waiter.is_closed());
+            self.reads.queued.retain(|reader| !reader.is_gone());
             return;
         }
         if !planted::has(Bug::ReusedReadContext) {
@@ -752,10 +845,9 @@ impl Group {
             .into_iter()
             .partition(|(index, _)| *index <= applied || planted::has(Bug::ReadBeforeApplied));
         self.reads.confirmed = waiting;
-        let done: Vec<(u64, Vec<oneshot::Sender<()>>)> = done;
-        for waiter in done.into_iter().flat_map(|(_, waiters)| waiters) {
-            let _ = waiter.send(());
-        }
+        let done: Vec<(u64, Vec<Reader>)> = done;
+        let done = done.into_iter().flat_map(|(_, readers)| readers);
+        self.reads.done.extend(done);
     }
 
     fn note_told(&mut self, messages: &[pb::Message]) {

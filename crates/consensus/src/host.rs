@@ -1,10 +1,10 @@
-//! Runs the core: one thread that owns it, its files and its clock, and the handle others use.
+//! The handle by which others use the catalog.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -14,17 +14,19 @@ use krake_model::ids::{GroupId, NodeId};
 use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use parking_lot::RwLock;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, oneshot, watch};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error};
 
 use crate::command::{Command, Committed, ProposeError, ReadError};
 use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{DiskError, Home, RealHome};
+use crate::engine::{Engine, Input, Machines, Output, TransferStart};
 use crate::follow::{Compacted, Following, History};
-use crate::group::{Group, Outcome};
+use crate::group::Outcome;
 use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::machine::{Entry, Machine};
-use crate::replica::{Effects, Replica};
+use crate::replica::Replica;
 use crate::voters::MemberInfo;
 use crate::wal::Owner;
 use crate::wire::{Call, CallReply, Frame};
@@ -32,20 +34,11 @@ use crate::wire::{Call, CallReply, Frame};
 /// Inputs that wait for the thread at most; beyond that peers' frames are dropped (Raft sends
 /// again) and callers wait.
 const INPUTS_MAX: usize = 4096;
-/// Inputs taken into one round at most.
-const ROUND_INPUTS: usize = 512;
 /// Batches a slow watcher may be behind.
 const WATCH_BACKLOG: usize = 8192;
 /// First pause before a proposal is tried again; doubles up to [`RETRY_PAUSE_MAX`].
-const RETRY_PAUSE: Duration = Duration::from_millis(15);
-/// How often a full disk is asked for room.
-const ROOM_INTERVAL: Duration = Duration::from_secs(1);
-/// A disk is slow when its writes take longer than this, on the average of the last ones (weight
-/// 1/8 for each new one): a leader's commits wait for it, a follower's do not.
-const SLOW_WRITE: Duration = Duration::from_millis(250);
-/// It is well again below this.
-const QUICK_WRITE: Duration = Duration::from_millis(50);
-const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
+pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(15);
+pub(crate) const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
 
 /// How bytes reach another member.
 #[async_trait]
@@ -96,42 +89,24 @@ impl Config {
     }
 }
 
-enum Input {
-    Frame(NodeId, Frame),
-    Propose(GroupId, Command, oneshot::Sender<Outcome>),
-    Read(GroupId, oneshot::Sender<()>),
-    Members(Vec<MemberInfo>),
-    Bootstrap(Vec<GroupId>, oneshot::Sender<Result<(), DiskError>>),
-    HandOver(oneshot::Sender<usize>),
-    Reluctant(bool),
-    Transfer(GroupId, u64, oneshot::Sender<TransferStart>),
-    Look(oneshot::Sender<Vec<GroupDetail>>),
-    Stop,
-}
-
-/// Begun, done already, refused; or (`Err(None)`) this node does not lead the group.
-type TransferStart = Result<bool, Option<TransferError>>;
-
-type Machines = Arc<RwLock<BTreeMap<GroupId, Arc<RwLock<Machine>>>>>;
-
-struct Shared {
-    inputs: SyncSender<Input>,
-    machines: Machines,
-    members: RwLock<BTreeMap<u64, NodeId>>,
-    batches: broadcast::Sender<Batch>,
-    history: Arc<History>,
-    status: watch::Receiver<BTreeMap<GroupId, GroupStatus>>,
-    failure: watch::Receiver<Option<String>>,
-    full: watch::Receiver<bool>,
-    transport: Arc<dyn Transport>,
-    counters: Arc<Counters>,
-    replica: u64,
+pub(crate) struct Shared {
+    pub(crate) inputs: SyncSender<Input>,
+    pub(crate) machines: Machines,
+    pub(crate) members: RwLock<BTreeMap<u64, NodeId>>,
+    pub(crate) batches: broadcast::Sender<Batch>,
+    pub(crate) history: Arc<History>,
+    pub(crate) status: watch::Receiver<BTreeMap<GroupId, GroupStatus>>,
+    pub(crate) failure: watch::Receiver<Option<String>>,
+    pub(crate) full: watch::Receiver<bool>,
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) replica: u64,
 }
 
 /// The handle; cheap to clone.
 #[derive(Clone)]
 pub struct Host {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     thread: Arc<parking_lot::Mutex<Option<std::thread::JoinHandle<()>>>>,
 }
 
@@ -248,7 +223,7 @@ impl Host {
         })
     }
 
-    async fn input(&self, input: Input) -> bool {
+    pub(crate) async fn input(&self, input: Input) -> bool {
         let mut input = input;
         loop {
             match self.shared.inputs.try_send(input) {
@@ -313,6 +288,14 @@ impl Host {
                 Err(Some(error)) => CallReply::Transferred(Err(error)),
                 Err(None) => CallReply::NotLeader(self.leader(group)),
             },
+            Call::Close {
+                groups,
+                at,
+                patience,
+            } => {
+                let patience = Duration::from_millis(u64::from(patience.min(60_000)));
+                CallReply::Closed(self.close_led(groups, at, patience).await)
+            }
         };
         reply.encode().map_err(|error| error.to_string())
     }
@@ -559,7 +542,7 @@ impl Host {
             Ok(bytes) => match CallReply::decode(&bytes) {
                 Ok(CallReply::Proposed(result)) => Outcome::Done(result),
                 Ok(CallReply::NotLeader(leader)) => Outcome::NotLeader(leader),
-                Ok(CallReply::Transferred(_)) => Outcome::NotLeader(None),
+                Ok(CallReply::Transferred(_) | CallReply::Closed(_)) => Outcome::NotLeader(None),
                 Err(error) => Outcome::Done(Err(ProposeError::Invalid(error.to_string()))),
             },
         }
@@ -591,6 +574,38 @@ impl Host {
             .map(|(key, entry)| (key.clone(), entry.clone()))
             .collect();
         (entries, machine.last_stamp)
+    }
+
+    /// As [`Self::list`], as it was when the group's newest stamp was not above `at`. Whether all
+    /// of that is here is for the caller to know, see [`Self::close`].
+    ///
+    /// # Errors
+    /// [`Compacted`] when changes after `at` are not kept any more.
+    pub async fn list_at(
+        &self,
+        group: GroupId,
+        prefix: &str,
+        at: Revision,
+    ) -> Result<Vec<(String, Entry)>, Compacted> {
+        let mut batches = self.watch();
+        loop {
+            let (entries, newest) = self.list(group, prefix);
+            if newest <= at {
+                return Ok(entries);
+            }
+            let mut entries = entries.into_iter().collect();
+            if self
+                .shared
+                .history
+                .undo(group, at, newest, prefix, &mut entries)?
+            {
+                return Ok(entries.into_iter().collect());
+            }
+            // What was applied a moment ago is noted in the same breath.
+            if let Err(RecvError::Closed) = batches.recv().await {
+                return Ok(Vec::new());
+            }
+        }
     }
 
     /// A group for [`crate::BackupWriter::group`], as this node's replica has it; `None`: it has
@@ -750,287 +765,6 @@ impl Host {
         if let Some(thread) = thread {
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
-    }
-}
-
-struct Engine {
-    replica: Replica,
-    settings: Settings,
-    home: Box<dyn Home>,
-    /// As told last.
-    members: Vec<MemberInfo>,
-    /// How often the catalog was opened again.
-    lives: u64,
-    /// As told.
-    reluctant: bool,
-    /// The disk is slow.
-    slow: bool,
-    full: watch::Sender<bool>,
-    inputs: Receiver<Input>,
-    output: Output,
-    status: watch::Sender<BTreeMap<GroupId, GroupStatus>>,
-    clock: Box<dyn Fn() -> Timestamp + Send>,
-    tick: Duration,
-}
-
-/// Where the replicas' effects go.
-struct Output {
-    transport: Arc<dyn Transport>,
-    machines: Machines,
-    batches: broadcast::Sender<Batch>,
-    history: Arc<History>,
-    counters: Arc<Counters>,
-    writing_since: Instant,
-    /// Average of the last writes.
-    write_time: Duration,
-}
-
-impl Output {
-    /// The groups were read anew: whoever watches must read anew, too.
-    fn begin_anew(&self, groups: &BTreeMap<GroupId, Group>) {
-        *self.machines.write() = groups
-            .iter()
-            .map(|(id, group)| (*id, Arc::clone(&group.machine)))
-            .collect();
-        for (id, group) in groups {
-            let batch = Batch {
-                group: *id,
-                revision: group.machine.read().last_stamp,
-                reset: true,
-                changes: Vec::new(),
-            };
-            self.history.note(&batch);
-            let _ = self.batches.send(batch);
-        }
-    }
-}
-
-impl Effects for Output {
-    fn writing(&mut self) {
-        self.writing_since = Instant::now();
-    }
-
-    fn written(&mut self) {
-        let took = self.writing_since.elapsed();
-        self.write_time = (self.write_time * 7 + took) / 8;
-        Counters::add(&self.counters.writes, 1);
-        Counters::add(&self.counters.write_micros, took.as_micros() as u64);
-    }
-
-    fn send(&mut self, to: NodeId, frame: &Frame) -> bool {
-        match frame.encode() {
-            Ok(bytes) => self.transport.send(to, bytes),
-            Err(error) => {
-                error!(node = %to, %error, "a frame could not be written");
-                true
-            }
-        }
-    }
-
-    fn applied(&mut self, groups: &BTreeMap<GroupId, Group>, batches: VecDeque<Batch>) {
-        if groups.len() != self.machines.read().len() {
-            *self.machines.write() = groups
-                .iter()
-                .map(|(id, group)| (*id, Arc::clone(&group.machine)))
-                .collect();
-        }
-        for batch in batches {
-            self.history.note(&batch);
-            // Nobody watching is fine.
-            let _ = self.batches.send(batch);
-        }
-    }
-}
-
-/// Nobody hears of it.
-struct Unheard;
-
-impl Effects for Unheard {
-    fn send(&mut self, _: NodeId, _: &Frame) -> bool {
-        true
-    }
-
-    fn applied(&mut self, _: &BTreeMap<GroupId, Group>, _: VecDeque<Batch>) {}
-}
-
-impl Engine {
-    fn run(&mut self) -> Result<(), DiskError> {
-        loop {
-            match self.serve() {
-                Err(full @ DiskError::Full(_)) => {
-                    error!(%full, "the catalog is read-only here");
-                    if !self.wait_for_room()? {
-                        return Ok(());
-                    }
-                    info!("there is room for the catalog again");
-                }
-                ended => return ended,
-            }
-        }
-    }
-
-    /// Without room nothing can be promised: the node counts as away for the others, which lead
-    /// and vote without it. Writes that are sent to it go on to them. Then the catalog is opened
-    /// again, for what is in memory may be ahead of what is on the disk. `false`: stop.
-    fn wait_for_room(&mut self) -> Result<bool, DiskError> {
-        self.full.send_replace(true);
-        let own = self.settings.replica;
-        self.status.send_modify(|known| {
-            for group in known.values_mut() {
-                group.leads = false;
-                group.leader = group.leader.filter(|leader| *leader != own);
-            }
-        });
-        // Who waits for them learns that it is in vain.
-        self.replica.core.groups.clear();
-        loop {
-            let again = Instant::now() + ROOM_INTERVAL;
-            loop {
-                let wait = again.saturating_duration_since(Instant::now());
-                match self.inputs.recv_timeout(wait) {
-                    Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(false),
-                    Ok(Input::Members(members)) => self.members = members,
-                    Ok(Input::Reluctant(reluctant)) => self.reluctant = reluctant,
-                    Ok(Input::Propose(_, _, reply)) => {
-                        let _ = reply.send(Outcome::NotLeader(None));
-                    }
-                    Ok(Input::HandOver(reply)) => {
-                        let _ = reply.send(0);
-                    }
-                    Ok(Input::Transfer(_, _, reply)) => {
-                        let _ = reply.send(Err(None));
-                    }
-                    // Whoever waits learns that it is in vain.
-                    Ok(
-                        Input::Frame(..) | Input::Read(..) | Input::Look(..) | Input::Bootstrap(..),
-                    ) => {}
-                    Err(RecvTimeoutError::Timeout) => break,
-                }
-            }
-            if self.home.has_room()? {
-                match self.open_again() {
-                    Err(DiskError::Full(_)) => {}
-                    Err(error) => return Err(error),
-                    Ok(()) => {
-                        self.full.send_replace(false);
-                        return Ok(true);
-                    }
-                }
-            }
-        }
-    }
-
-    fn open_again(&mut self) -> Result<(), DiskError> {
-        self.lives += 1;
-        let (disk, groups) = self.home.open()?;
-        let mut settings = self.settings.clone();
-        // Read contexts are never used twice.
-        settings.boot_nonce ^= self.lives << 48;
-        let mut replica = Replica::new(settings, disk, groups)?;
-        replica.set_members(self.members.clone());
-        replica.rounds(&mut Unheard)?;
-        replica.set_reluctant(self.reluctant || self.slow);
-        self.replica = replica;
-        self.output.begin_anew(&self.replica.core.groups);
-        self.rounds()
-    }
-
-    fn watch_disk(&mut self) {
-        let average = self.output.write_time;
-        let slow = average > if self.slow { QUICK_WRITE } else { SLOW_WRITE };
-        if slow == self.slow {
-            return;
-        }
-        self.slow = slow;
-        self.replica.set_reluctant(self.reluctant || slow);
-        let millis = average.as_millis() as u64;
-        if slow {
-            warn!(
-                millis,
-                "the disk is slow: others lead while it is, where they can"
-            );
-        } else {
-            info!(millis, "the disk is quick again");
-        }
-    }
-
-    fn serve(&mut self) -> Result<(), DiskError> {
-        let mut next_tick = Instant::now() + self.tick;
-        loop {
-            let wait = next_tick.saturating_duration_since(Instant::now());
-            match self.inputs.recv_timeout(wait) {
-                Ok(input) => {
-                    if !self.take(input)? {
-                        return Ok(());
-                    }
-                    for _ in 1..ROUND_INPUTS {
-                        let Ok(input) = self.inputs.try_recv() else {
-                            break;
-                        };
-                        if !self.take(input)? {
-                            return Ok(());
-                        }
-                    }
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            }
-            let now = Instant::now();
-            if now >= next_tick {
-                self.replica.tick();
-                // After a pause time goes on from here: lost ticks would only start elections.
-                next_tick = (next_tick + self.tick).max(now + self.tick / 2);
-            }
-            self.rounds()?;
-        }
-    }
-
-    /// `false`: stop.
-    fn take(&mut self, input: Input) -> Result<bool, DiskError> {
-        match input {
-            Input::Frame(from, frame) => self.replica.receive(from, frame),
-            Input::Propose(group, command, reply) => {
-                self.replica.propose(group, command, reply, (self.clock)());
-            }
-            Input::Read(group, reply) => self.replica.read(group, reply),
-            Input::Members(members) => {
-                self.members.clone_from(&members);
-                self.replica.set_members(members);
-            }
-            Input::Bootstrap(groups, reply) => {
-                let made = self.replica.bootstrap(groups).and_then(|()| self.rounds());
-                let told = match &made {
-                    Ok(()) => Ok(()),
-                    Err(DiskError::Full(path)) => Err(DiskError::Full(path.clone())),
-                    Err(error) => Err(DiskError::Io(error.to_string())),
-                };
-                let _ = reply.send(told);
-                made?;
-            }
-            Input::HandOver(reply) => {
-                let _ = reply.send(self.replica.hand_over());
-            }
-            Input::Reluctant(reluctant) => {
-                self.reluctant = reluctant;
-                self.replica.set_reluctant(reluctant || self.slow);
-            }
-            Input::Transfer(group, to, reply) => {
-                let _ = reply.send(self.replica.transfer(group, to));
-            }
-            Input::Look(reply) => {
-                let _ = reply.send(self.replica.details());
-            }
-            Input::Stop => return Ok(false),
-        }
-        Ok(true)
-    }
-
-    fn rounds(&mut self) -> Result<(), DiskError> {
-        self.replica.rounds(&mut self.output)?;
-        self.watch_disk();
-        self.status
-            .send_if_modified(|known| self.replica.update_status(known));
-        Ok(())
     }
 }
 

@@ -34,12 +34,16 @@ pub enum Bug {
     ReusedReadContext,
     /// What a killed process wrote is relied on without making it durable.
     ReadBackNotSynced,
+    /// How far the clock was is forgotten by a restart.
+    ClockForgotten,
+    /// Stamps are taken for closed although entries with such stamps are still under way.
+    ClosedAtCommit,
 }
 
 #[cfg(any(test, feature = "simulation"))]
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::AcknowledgedBeforeSync,
         Self::VoteNotWritten,
         Self::TermNotWritten,
@@ -55,6 +59,8 @@ impl Bug {
         Self::SnapshotNotSynced,
         Self::ReusedReadContext,
         Self::ReadBackNotSynced,
+        Self::ClockForgotten,
+        Self::ClosedAtCommit,
     ];
 }
 

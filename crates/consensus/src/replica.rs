@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use krake_model::ids::{GroupId, NodeId};
+use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use tokio::sync::oneshot;
 
@@ -13,8 +14,13 @@ use crate::disk::{Disk, DiskError};
 use crate::group::{Group, Outcome};
 use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::log::GroupLog;
+use crate::planted::{self, Bug};
 use crate::voters::MemberInfo;
 use crate::wire::Frame;
+
+/// How far beyond the clock its bound is written, so that this is not done all the time. After a
+/// restart stamps may begin that much later.
+const CLOCK_AHEAD_MS: i64 = 1_000;
 
 /// What a round does to the rest of the world.
 pub(crate) trait Effects {
@@ -41,7 +47,7 @@ impl Replica {
         disk: Disk,
         groups: Vec<(GroupId, GroupLog)>,
     ) -> Result<Self, DiskError> {
-        let core = Core::new(settings, groups).map_err(DiskError::Io)?;
+        let core = Core::new(settings, groups, disk.clock()).map_err(DiskError::Io)?;
         Ok(Self { core, disk })
     }
 
@@ -85,11 +91,18 @@ impl Replica {
         now: Timestamp,
     ) {
         Counters::add(&self.core.settings.counters.proposals, 1);
-        match self.core.group_mut(group) {
-            Some(group) => group.propose(command, reply, now),
-            None => {
-                let _ = reply.send(Outcome::NotLeader(None));
-            }
+        self.core.propose(group, command, reply, now);
+    }
+
+    /// See [`Core::close`].
+    pub(crate) fn close(&mut self, group: GroupId, at: Revision, reply: oneshot::Sender<u64>) {
+        self.core.close(group, at, reply);
+    }
+
+    /// Answers when this replica of the group has applied its log up to `index`.
+    pub(crate) fn await_applied(&mut self, group: GroupId, index: u64, reply: oneshot::Sender<()>) {
+        if let Some(group) = self.core.group_mut(group) {
+            group.await_applied(index, reply);
         }
     }
 
@@ -115,6 +128,7 @@ impl Replica {
     pub(crate) fn rounds(&mut self, effects: &mut impl Effects) -> Result<(), DiskError> {
         loop {
             let round = self.core.collect();
+            self.keep_clock()?;
             self.send(round.first, effects);
             if !round.writes.is_empty() {
                 effects.writing();
@@ -125,11 +139,23 @@ impl Replica {
             let frames = self.core.complete(&mut batches);
             self.send(frames, effects);
             effects.applied(&self.core.groups, batches);
+            self.core.answer_reads();
             if !self.core.busy() {
                 break;
             }
         }
         self.write_again()
+    }
+
+    /// What leaves this node says how far its clock is. It must not be behind that after a restart:
+    /// whom it votes for then begins above everything that it has promised.
+    fn keep_clock(&mut self) -> Result<(), DiskError> {
+        let clock = self.core.clock();
+        if clock <= self.disk.clock() || planted::has(Bug::ClockForgotten) {
+            return Ok(());
+        }
+        let ahead = Timestamp::from_millis(clock.timestamp().as_millis() + CLOCK_AHEAD_MS);
+        self.disk.keep_clock(Revision::next(clock, ahead, 0))
     }
 
     /// Lets old segments of the log go.

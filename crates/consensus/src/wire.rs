@@ -6,13 +6,14 @@
 use bytes::Bytes;
 use krake_model::codec::{self, CodecError, RECORD_BYTES_MAX};
 use krake_model::ids::GroupId;
+use krake_model::revision::Revision;
 use raft::eraftpb as pb;
 use serde::{Deserialize, Serialize};
 
 use crate::command::{Command, Committed, ProposeError};
 use crate::inspect::TransferError;
 
-const FRAME_VERSION: u8 = 1;
+const FRAME_VERSION: u8 = 2;
 const CALL_VERSION: u8 = 1;
 /// Messages in one frame at most.
 pub(crate) const FRAME_MESSAGES_MAX: usize = 4096;
@@ -28,6 +29,8 @@ pub(crate) struct Frame {
     /// Groups that fall silent.
     pub(crate) sleeping: Vec<Sleep>,
     pub(crate) pulse: Option<Pulse>,
+    /// No stamp that the sender has seen is above it (see `Core::clock`).
+    pub(crate) clock: Revision,
 }
 
 /// The leader of a group sends no heartbeats from now on: whoever has the same log needs none, for
@@ -72,6 +75,13 @@ pub(crate) enum Call {
     },
     /// Hand leadership to this replica.
     Transfer { group: GroupId, to: u64 },
+    /// Give no stamp up to `at` any more in those of the groups that you lead.
+    Close {
+        groups: Vec<GroupId>,
+        at: Revision,
+        /// Milliseconds the asker still waits.
+        patience: u32,
+    },
 }
 
 impl Call {
@@ -92,6 +102,8 @@ pub(crate) enum CallReply {
     NotLeader(Option<u64>),
     /// Whether it was begun; `false`: it leads already.
     Transferred(Result<bool, TransferError>),
+    /// Whoever has applied the groups' logs up to these indices has everything stamped up to then.
+    Closed(Vec<(GroupId, u64)>),
 }
 
 impl CallReply {
@@ -391,6 +403,7 @@ mod tests {
                 leaderless: vec![GroupId::of_shard(1)],
                 reluctant: true,
             }),
+            clock: Revision::from_number(0x1234),
         }
     }
 
@@ -401,14 +414,14 @@ mod tests {
         assert_eq!(
             hex::encode(&bytes),
             concat!(
-                "010100000000000000020000000000000001000000000000000100000000000000020000000000000001",
+                "020100000000000000020000000000000001000000000000000100000000000000020000000000000001",
                 "000000000000000200000000000000010000000000000008000000000000000200000000000000000000",
                 "000200000000000000090000000000000001000000000000006401000000000000006301000000020000",
                 "000000000009000000000000000100000000000000640100000000000000630700000000000000000000",
                 "000000000001030000000000000001000000000000000200000000000000010000000000000002000000",
                 "000000000100000000000000030000000000000001000000000000007300000000000000000105000000",
                 "00000000010000000000000078000000000000000001000000000000000000000004000000000000000a",
-                "00000000000000014d0000000000000001000000000000000200000001"
+                "00000000000000014d00000000000000010000000000000002000000013412000000000000"
             )
         );
         let read = Frame::decode(&bytes).unwrap();

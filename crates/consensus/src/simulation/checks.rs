@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use krake_model::ids::GroupId;
 use krake_model::revision::Revision;
 
+use crate::machine::LogEntry;
 use crate::replica::Replica;
 use crate::wire::{Frame, MessageKind};
 
@@ -18,6 +19,10 @@ pub(super) struct Checks {
     votes: BTreeMap<(GroupId, u64, u64), u64>,
     committed: BTreeMap<(GroupId, u64), (u64, Digest)>,
     stamps: BTreeMap<GroupId, BTreeMap<u64, Revision>>,
+    /// The stamp of each committed entry that has one.
+    stamped: BTreeMap<GroupId, BTreeMap<u64, Revision>>,
+    /// By the index behind which only higher stamps may come: the highest one that was closed.
+    closed: BTreeMap<GroupId, BTreeMap<u64, Revision>>,
     /// Up to which index each replica's log was compared.
     compared: BTreeMap<(GroupId, u64), u64>,
 }
@@ -68,6 +73,23 @@ impl Checks {
                 if entry.index > committed {
                     break;
                 }
+                if let Ok(decoded) = LogEntry::decode(&entry.data) {
+                    self.stamped
+                        .entry(*id)
+                        .or_default()
+                        .insert(entry.index, decoded.stamp);
+                    let closed = self.closed.entry(*id).or_default();
+                    let closed = closed.range(..entry.index).next_back();
+                    if let Some((last, closed)) = closed
+                        && decoded.stamp <= *closed
+                    {
+                        return Err(not_closed(
+                            *id,
+                            (entry.index, decoded.stamp),
+                            (*last, *closed),
+                        ));
+                    }
+                }
                 let mut digest = [0; 16];
                 let mut hasher = blake3::Hasher::new();
                 hasher.update(&entry.data);
@@ -85,6 +107,22 @@ impl Checks {
             *compared = committed.max(*compared);
             let machine = group.machine.read();
             self.stamp(*id, own, machine.applied, machine.last_stamp)?;
+        }
+        Ok(())
+    }
+
+    /// A leader said that behind `last` there will be no stamp up to `at`.
+    pub(super) fn closed(&mut self, group: GroupId, at: Revision, last: u64) -> Result<(), String> {
+        let stamped = self.stamped.entry(group).or_default();
+        if let Some((index, stamp)) = stamped.range(last + 1..).find(|(_, stamp)| **stamp <= at) {
+            return Err(not_closed(group, (*index, *stamp), (last, at)));
+        }
+        let closed = self.closed.entry(group).or_default();
+        let before = closed.range(..=last).next_back();
+        let at = before.map_or(at, |(_, before)| at.max(*before));
+        closed.insert(last, at);
+        for (_, later) in closed.range_mut(last + 1..) {
+            *later = at.max(*later);
         }
         Ok(())
     }
@@ -139,4 +177,11 @@ impl Checks {
         }
         Ok(())
     }
+}
+
+fn not_closed(group: GroupId, entry: (u64, Revision), closed: (u64, Revision)) -> String {
+    format!(
+        "entry {} of {group} is stamped {}, and {} was closed with entry {}",
+        entry.0, entry.1, closed.1, closed.0
+    )
 }

@@ -5,7 +5,7 @@
 //! What is simulated: messages are delayed, lost, repeated and reordered, links are cut in one
 //! direction or both, nodes are killed, lose power in the middle of any operation on a file (then
 //! any of the sectors that were not synced may be lost), have full or slow disks, find a bit
-//! flipped, are paused, have their clocks put forward and back, join and leave while writes run,
+//! flipped, are paused, have clocks that drift and are put forward and back, join and leave while writes run,
 //! and are replaced as voters when they are away. Now and then nobody asks for anything, so that
 //! groups fall silent.
 //!
@@ -69,6 +69,8 @@ pub struct Report {
     pub faults: usize,
     /// Times that a leader let its group fall silent.
     pub slept: u64,
+    /// Times that a leader closed the stamps of a group.
+    pub closed: usize,
     /// Simulated milliseconds.
     pub simulated_ms: u64,
     /// A number made of all that happened: equal runs have equal ones.
@@ -92,18 +94,20 @@ mod tests {
     #[test]
     fn seeds_of_the_smoke_set_are_green_and_repeat() {
         let scenario = Scenario::smoke();
-        let (mut answered, mut slept) = (0, 0);
+        let (mut answered, mut slept, mut closed) = (0, 0, 0);
         for seed in 0..40 {
             let report = run(seed, &scenario);
             assert_eq!(report.violation, None, "seed {seed}: {report:?}");
             answered += report.answered;
             slept += report.slept;
+            closed += report.closed;
             if seed % 10 == 0 {
                 assert_eq!(run(seed, &scenario), report, "seed {seed} does not repeat");
             }
         }
         assert!(answered > 4000, "too little happened: {answered}");
         assert!(slept > 100, "groups fell silent only {slept} times");
+        assert!(closed > 4000, "stamps were closed only {closed} times");
     }
 
     /// Those that few seeds find; `krake-sim --bug all` looks for all.
@@ -119,12 +123,13 @@ mod tests {
             Bug::StampsStartAnew,
             Bug::SegmentDroppedEarly,
             Bug::SnapshotNotSynced,
+            Bug::ClosedAtCommit,
         ] {
             let scenario = Scenario {
                 bug: Some(bug),
                 ..Scenario::smoke()
             };
-            let found = (0..20).any(|seed| run(seed, &scenario).violation.is_some());
+            let found = (0..60).any(|seed| run(seed, &scenario).violation.is_some());
             assert!(found, "{bug:?} was not found");
         }
     }

@@ -96,6 +96,7 @@ enum Event {
         attempt: u64,
     },
     Fault,
+    Close,
     Census,
     Room {
         node: u64,
@@ -123,6 +124,13 @@ enum Waiting {
     Read(oneshot::Receiver<()>, GroupId, String),
 }
 
+/// Asked to close a group's stamps up to a moment.
+struct Closing {
+    group: GroupId,
+    at: Revision,
+    answer: oneshot::Receiver<u64>,
+}
+
 struct Pending {
     client: usize,
     attempt: u64,
@@ -132,6 +140,7 @@ struct Pending {
 struct Process {
     replica: Replica,
     pending: Vec<Pending>,
+    closing: Vec<Closing>,
 }
 
 struct Node {
@@ -141,6 +150,8 @@ struct Node {
     member: bool,
     /// Ahead of the true time, in milliseconds.
     clock: i64,
+    /// Thousandths that its clock gains.
+    drift: i64,
     /// How long its tick takes.
     tick: u64,
     paused_until: u64,
@@ -227,6 +238,9 @@ struct World<'a> {
     clients: Vec<Client>,
     history: BTreeMap<(GroupId, String), Vec<Operation>>,
     next_value: Value,
+    /// The highest revision that a client was told.
+    newest: Revision,
+    closed: usize,
     next_attempt: u64,
     checks: Checks,
     compact_entries: u64,
@@ -264,6 +278,7 @@ pub(super) fn run(seed: u64, scenario: &Scenario) -> Report {
         unknown: operations().filter(|o| o.returned.is_none()).count(),
         faults: world.faults,
         slept: world.counters.slept.load(Ordering::Relaxed),
+        closed: world.closed,
         simulated_ms: world.now / 1000,
         trace: u64::from_le_bytes(trace),
         violation,
@@ -281,6 +296,7 @@ impl<'a> World<'a> {
                     boot: 0,
                     member: replica == 1,
                     clock: random.random_range(-500..500),
+                    drift: random.random_range(-50..=50),
                     tick: TICK * random.random_range(990..1010) / 1000,
                     paused_until: 0,
                     away_since: None,
@@ -308,6 +324,8 @@ impl<'a> World<'a> {
             clients: (0..scenario.clients).map(|_| Client::default()).collect(),
             history: BTreeMap::new(),
             next_value: 1,
+            newest: Revision::NONE,
+            closed: 0,
             next_attempt: 1,
             checks: Checks::default(),
             compact_entries: random.random_range(15..80),
@@ -346,6 +364,7 @@ impl<'a> World<'a> {
         }
         self.schedule(2 * SECOND, Event::Fault);
         self.schedule(3 * SECOND, Event::Census);
+        self.schedule(SECOND, Event::Close);
         let faulty = self.scenario.faulty_ms * 1000;
         self.run_until(faulty)?;
         self.become_calm()?;
@@ -426,6 +445,7 @@ impl<'a> World<'a> {
                 Ok(())
             }
             Event::Fault => self.fault(),
+            Event::Close => self.close(),
             Event::Census => {
                 self.tell_members();
                 self.schedule(3 * SECOND, Event::Census);
@@ -509,6 +529,7 @@ impl<'a> World<'a> {
                 node.process = Some(Process {
                     replica: started,
                     pending: Vec::new(),
+                    closing: Vec::new(),
                 });
                 node.away_since = None;
                 node.paused_until = 0;
@@ -622,6 +643,7 @@ impl<'a> World<'a> {
             Ok(()) => {
                 self.checks.look(&process.replica)?;
                 self.answer_pending(&mut process);
+                self.answer_closing(&mut process)?;
                 if let Some(node) = self.nodes.get_mut(&own) {
                     node.process = Some(process);
                 }
@@ -696,6 +718,54 @@ impl<'a> World<'a> {
                 },
             );
         }
+    }
+
+    fn answer_closing(&mut self, process: &mut Process) -> Result<(), String> {
+        for mut closing in std::mem::take(&mut process.closing) {
+            match closing.answer.try_recv() {
+                Ok(last) => {
+                    self.closed += 1;
+                    self.checks.closed(closing.group, closing.at, last)?;
+                }
+                Err(oneshot::error::TryRecvError::Empty) => process.closing.push(closing),
+                Err(oneshot::error::TryRecvError::Closed) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Somebody needs to know everything up to the newest revision that was seen.
+    fn close(&mut self) -> Result<(), String> {
+        let next = self.random.random_range(20_000..400_000);
+        let lull = self.lull_until.saturating_sub(self.now);
+        self.schedule(lull + next, Event::Close);
+        let groups = self.groups();
+        let group = groups[self.random.random_range(0..groups.len())];
+        let at = self.newest;
+        let leading: Vec<u64> = self
+            .nodes
+            .iter()
+            .filter(|(id, node)| {
+                let groups = node.process.as_ref().map(|p| &p.replica.core.groups);
+                let group = groups.and_then(|groups| groups.get(&group));
+                group.is_some_and(Group::is_leader) && self.paused(**id).is_none()
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        if leading.is_empty() {
+            return Ok(());
+        }
+        let to = leading[self.random.random_range(0..leading.len())];
+        let (sender, answer) = oneshot::channel();
+        if let Some(process) = self
+            .nodes
+            .get_mut(&to)
+            .and_then(|node| node.process.as_mut())
+        {
+            process.replica.close(group, at, sender);
+            process.closing.push(Closing { group, at, answer });
+        }
+        self.step(to, |_| Ok(()))
     }
 
     // The network.
@@ -809,8 +879,9 @@ impl<'a> World<'a> {
         if current.attempt != attempt {
             return Ok(());
         }
-        let clock = self.nodes[&to].clock;
-        let now = Timestamp::from_millis(EPOCH_MS + (self.now / 1000) as i64 + clock);
+        let node = &self.nodes[&to];
+        let shown = (self.now / 1000) as i64 * (1000 + node.drift) / 1000 + node.clock;
+        let now = Timestamp::from_millis(EPOCH_MS + shown);
         let (group, key) = current.key.clone();
         let (request, expect, asked) = (current.request, current.expect, current.asked);
         let mut waiting = None;
@@ -882,6 +953,9 @@ impl<'a> World<'a> {
                 return;
             }
         };
+        if let Answer::Written(revision) | Answer::Read(_, revision) = answer {
+            self.newest = self.newest.max(revision);
+        }
         let seen = match (answer, current.asked) {
             (Answer::Read(value, revision), _) => Some((value, revision)),
             (

@@ -1,0 +1,353 @@
+//! The thread that owns the core, its files and its clock.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use krake_model::ids::{GroupId, NodeId};
+use krake_model::revision::Revision;
+use krake_model::time::Timestamp;
+use parking_lot::RwLock;
+use tokio::sync::{broadcast, oneshot, watch};
+use tracing::{error, info, warn};
+
+use crate::command::Command;
+use crate::core::{Batch, GroupStatus, Settings};
+use crate::disk::{DiskError, Home};
+use crate::follow::History;
+use crate::group::{Group, Outcome};
+use crate::host::Transport;
+use crate::inspect::{Counters, GroupDetail, TransferError};
+use crate::machine::Machine;
+use crate::replica::{Effects, Replica};
+use crate::voters::MemberInfo;
+use crate::wire::Frame;
+
+/// Inputs taken into one round at most.
+const ROUND_INPUTS: usize = 512;
+/// How often a full disk is asked for room.
+const ROOM_INTERVAL: Duration = Duration::from_secs(1);
+/// A disk is slow when its writes take longer than this, on the average of the last ones (weight
+/// 1/8 for each new one): a leader's commits wait for it, a follower's do not.
+const SLOW_WRITE: Duration = Duration::from_millis(250);
+/// It is well again below this.
+const QUICK_WRITE: Duration = Duration::from_millis(50);
+
+/// What the thread is told.
+pub(crate) enum Input {
+    Frame(NodeId, Frame),
+    Propose(GroupId, Command, oneshot::Sender<Outcome>),
+    Read(GroupId, oneshot::Sender<()>),
+    /// Close the stamps up to this one, where led here: see `Core::close`.
+    Close(Revision, Vec<(GroupId, oneshot::Sender<u64>)>),
+    /// Answer when a group is applied up to this index.
+    Applied(GroupId, u64, oneshot::Sender<()>),
+    Members(Vec<MemberInfo>),
+    Bootstrap(Vec<GroupId>, oneshot::Sender<Result<(), DiskError>>),
+    HandOver(oneshot::Sender<usize>),
+    Reluctant(bool),
+    Transfer(GroupId, u64, oneshot::Sender<TransferStart>),
+    Look(oneshot::Sender<Vec<GroupDetail>>),
+    Stop,
+}
+
+/// Begun, done already, refused; or (`Err(None)`) this node does not lead the group.
+pub(crate) type TransferStart = Result<bool, Option<TransferError>>;
+
+pub(crate) type Machines = Arc<RwLock<BTreeMap<GroupId, Arc<RwLock<Machine>>>>>;
+
+/// The thread's state.
+pub(crate) struct Engine {
+    pub(crate) replica: Replica,
+    pub(crate) settings: Settings,
+    pub(crate) home: Box<dyn Home>,
+    /// As told last.
+    pub(crate) members: Vec<MemberInfo>,
+    /// How often the catalog was opened again.
+    pub(crate) lives: u64,
+    /// As told.
+    pub(crate) reluctant: bool,
+    /// The disk is slow.
+    pub(crate) slow: bool,
+    pub(crate) full: watch::Sender<bool>,
+    pub(crate) inputs: Receiver<Input>,
+    pub(crate) output: Output,
+    pub(crate) status: watch::Sender<BTreeMap<GroupId, GroupStatus>>,
+    pub(crate) clock: Box<dyn Fn() -> Timestamp + Send>,
+    pub(crate) tick: Duration,
+}
+
+/// Where the replicas' effects go.
+pub(crate) struct Output {
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) machines: Machines,
+    pub(crate) batches: broadcast::Sender<Batch>,
+    pub(crate) history: Arc<History>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) writing_since: Instant,
+    /// Average of the last writes.
+    pub(crate) write_time: Duration,
+}
+
+impl Output {
+    /// The groups were read anew: whoever watches must read anew, too.
+    fn begin_anew(&self, groups: &BTreeMap<GroupId, Group>) {
+        *self.machines.write() = groups
+            .iter()
+            .map(|(id, group)| (*id, Arc::clone(&group.machine)))
+            .collect();
+        for (id, group) in groups {
+            let batch = Batch {
+                group: *id,
+                revision: group.machine.read().last_stamp,
+                reset: true,
+                changes: Vec::new(),
+            };
+            self.history.note(&batch);
+            let _ = self.batches.send(batch);
+        }
+    }
+}
+
+impl Effects for Output {
+    fn writing(&mut self) {
+        self.writing_since = Instant::now();
+    }
+
+    fn written(&mut self) {
+        let took = self.writing_since.elapsed();
+        self.write_time = (self.write_time * 7 + took) / 8;
+        Counters::add(&self.counters.writes, 1);
+        Counters::add(&self.counters.write_micros, took.as_micros() as u64);
+    }
+
+    fn send(&mut self, to: NodeId, frame: &Frame) -> bool {
+        match frame.encode() {
+            Ok(bytes) => self.transport.send(to, bytes),
+            Err(error) => {
+                error!(node = %to, %error, "a frame could not be written");
+                true
+            }
+        }
+    }
+
+    fn applied(&mut self, groups: &BTreeMap<GroupId, Group>, batches: VecDeque<Batch>) {
+        if groups.len() != self.machines.read().len() {
+            *self.machines.write() = groups
+                .iter()
+                .map(|(id, group)| (*id, Arc::clone(&group.machine)))
+                .collect();
+        }
+        for batch in batches {
+            self.history.note(&batch);
+            // Nobody watching is fine.
+            let _ = self.batches.send(batch);
+        }
+    }
+}
+
+/// Nobody hears of it.
+struct Unheard;
+
+impl Effects for Unheard {
+    fn send(&mut self, _: NodeId, _: &Frame) -> bool {
+        true
+    }
+
+    fn applied(&mut self, _: &BTreeMap<GroupId, Group>, _: VecDeque<Batch>) {}
+}
+
+impl Engine {
+    /// Works until it is told to stop or its files fail.
+    pub(crate) fn run(&mut self) -> Result<(), DiskError> {
+        loop {
+            match self.serve() {
+                Err(full @ DiskError::Full(_)) => {
+                    error!(%full, "the catalog is read-only here");
+                    if !self.wait_for_room()? {
+                        return Ok(());
+                    }
+                    info!("there is room for the catalog again");
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    /// Without room nothing can be promised: the node counts as away for the others, which lead
+    /// and vote without it. Writes that are sent to it go on to them. Then the catalog is opened
+    /// again, for what is in memory may be ahead of what is on the disk. `false`: stop.
+    fn wait_for_room(&mut self) -> Result<bool, DiskError> {
+        self.full.send_replace(true);
+        let own = self.settings.replica;
+        self.status.send_modify(|known| {
+            for group in known.values_mut() {
+                group.leads = false;
+                group.leader = group.leader.filter(|leader| *leader != own);
+            }
+        });
+        // Who waits for them learns that it is in vain.
+        self.replica.core.groups.clear();
+        loop {
+            let again = Instant::now() + ROOM_INTERVAL;
+            loop {
+                let wait = again.saturating_duration_since(Instant::now());
+                match self.inputs.recv_timeout(wait) {
+                    Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(false),
+                    Ok(Input::Members(members)) => self.members = members,
+                    Ok(Input::Reluctant(reluctant)) => self.reluctant = reluctant,
+                    Ok(Input::Propose(_, _, reply)) => {
+                        let _ = reply.send(Outcome::NotLeader(None));
+                    }
+                    Ok(Input::HandOver(reply)) => {
+                        let _ = reply.send(0);
+                    }
+                    Ok(Input::Transfer(_, _, reply)) => {
+                        let _ = reply.send(Err(None));
+                    }
+                    // Whoever waits learns that it is in vain.
+                    Ok(
+                        Input::Frame(..)
+                        | Input::Read(..)
+                        | Input::Close(..)
+                        | Input::Applied(..)
+                        | Input::Look(..)
+                        | Input::Bootstrap(..),
+                    ) => {}
+                    Err(RecvTimeoutError::Timeout) => break,
+                }
+            }
+            if self.home.has_room()? {
+                match self.open_again() {
+                    Err(DiskError::Full(_)) => {}
+                    Err(error) => return Err(error),
+                    Ok(()) => {
+                        self.full.send_replace(false);
+                        return Ok(true);
+                    }
+                }
+            }
+        }
+    }
+
+    fn open_again(&mut self) -> Result<(), DiskError> {
+        self.lives += 1;
+        let (disk, groups) = self.home.open()?;
+        let mut settings = self.settings.clone();
+        // Read contexts are never used twice.
+        settings.boot_nonce ^= self.lives << 48;
+        let mut replica = Replica::new(settings, disk, groups)?;
+        replica.set_members(self.members.clone());
+        replica.rounds(&mut Unheard)?;
+        replica.set_reluctant(self.reluctant || self.slow);
+        self.replica = replica;
+        self.output.begin_anew(&self.replica.core.groups);
+        self.rounds()
+    }
+
+    fn watch_disk(&mut self) {
+        let average = self.output.write_time;
+        let slow = average > if self.slow { QUICK_WRITE } else { SLOW_WRITE };
+        if slow == self.slow {
+            return;
+        }
+        self.slow = slow;
+        self.replica.set_reluctant(self.reluctant || slow);
+        let millis = average.as_millis() as u64;
+        if slow {
+            warn!(
+                millis,
+                "the disk is slow: others lead while it is, where they can"
+            );
+        } else {
+            info!(millis, "the disk is quick again");
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), DiskError> {
+        let mut next_tick = Instant::now() + self.tick;
+        loop {
+            let wait = next_tick.saturating_duration_since(Instant::now());
+            match self.inputs.recv_timeout(wait) {
+                Ok(input) => {
+                    if !self.take(input)? {
+                        return Ok(());
+                    }
+                    for _ in 1..ROUND_INPUTS {
+                        let Ok(input) = self.inputs.try_recv() else {
+                            break;
+                        };
+                        if !self.take(input)? {
+                            return Ok(());
+                        }
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            let now = Instant::now();
+            if now >= next_tick {
+                self.replica.tick();
+                // After a pause time goes on from here: lost ticks would only start elections.
+                next_tick = (next_tick + self.tick).max(now + self.tick / 2);
+            }
+            self.rounds()?;
+        }
+    }
+
+    /// `false`: stop.
+    fn take(&mut self, input: Input) -> Result<bool, DiskError> {
+        match input {
+            Input::Frame(from, frame) => self.replica.receive(from, frame),
+            Input::Propose(group, command, reply) => {
+                self.replica.propose(group, command, reply, (self.clock)());
+            }
+            Input::Read(group, reply) => self.replica.read(group, reply),
+            Input::Close(at, groups) => {
+                for (group, reply) in groups {
+                    self.replica.close(group, at, reply);
+                }
+            }
+            Input::Applied(group, index, reply) => self.replica.await_applied(group, index, reply),
+            Input::Members(members) => {
+                self.members.clone_from(&members);
+                self.replica.set_members(members);
+            }
+            Input::Bootstrap(groups, reply) => {
+                let made = self.replica.bootstrap(groups).and_then(|()| self.rounds());
+                let told = match &made {
+                    Ok(()) => Ok(()),
+                    Err(DiskError::Full(path)) => Err(DiskError::Full(path.clone())),
+                    Err(error) => Err(DiskError::Io(error.to_string())),
+                };
+                let _ = reply.send(told);
+                made?;
+            }
+            Input::HandOver(reply) => {
+                let _ = reply.send(self.replica.hand_over());
+            }
+            Input::Reluctant(reluctant) => {
+                self.reluctant = reluctant;
+                self.replica.set_reluctant(reluctant || self.slow);
+            }
+            Input::Transfer(group, to, reply) => {
+                let _ = reply.send(self.replica.transfer(group, to));
+            }
+            Input::Look(reply) => {
+                let _ = reply.send(self.replica.details());
+            }
+            Input::Stop => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Works until there is nothing left to do without new input.
+    pub(crate) fn rounds(&mut self) -> Result<(), DiskError> {
+        self.replica.rounds(&mut self.output)?;
+        self.watch_disk();
+        self.status
+            .send_if_modified(|known| self.replica.update_status(known));
+        Ok(())
+    }
+}

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use krake_node::config::{Config, ConfigError, KEYS, LogFormat};
+use krake_node::config::sources::KEYS;
+use krake_node::config::{Config, ConfigError, LogFormat};
 
 /// Many short-lived JSON documents on several threads: with the system's allocator a busy node was
 /// seen to spend a good part of its time giving memory back and taking it again.

@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 use tracing::{debug, info, warn};
 
 use crate::catalog::{Catalog, PATIENCE};
-use crate::config::{Config, is_dns_label};
+use crate::config::Config;
+use crate::config::check::is_dns_label;
 use crate::datadir::{DataDir, Identity, Membership};
 use crate::federation::{Federation, now};
 use crate::net::Admit;

@@ -633,7 +633,7 @@ async fn create_token(State(shared): State<Context_>, request: Request) -> Answe
     let parts = &shared.parts;
     let lifetime = Duration::from_secs(seconds);
     let (token, id, expires_at) =
-        crate::membership::invite(&parts.federation, &parts.identity, lifetime, request.site)
+        crate::membership::door::invite(&parts.federation, &parts.identity, lifetime, request.site)
             .await
             .map_err(unavailable)?;
     Ok(Json(

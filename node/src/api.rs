@@ -482,7 +482,8 @@ async fn body_of<T: serde::de::DeserializeOwned>(request: Request) -> Result<T, 
         })?;
     let invalid =
         |message: String| ProblemJson::new(StatusCode::BAD_REQUEST, "krake::invalid-body", message);
-    let value = krake_kube_api::service::parse(&bytes).map_err(|error| invalid(error.message))?;
+    let value =
+        krake_kube_api::service::body::parse(&bytes).map_err(|error| invalid(error.message))?;
     serde_json::from_value(value).map_err(|error| invalid(error.to_string()))
 }
 

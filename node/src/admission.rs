@@ -8,7 +8,7 @@ use krake_model::{ApplicationSpec, MetricDefinition};
 use krake_placement::spec::{Defaults, validate};
 use serde_json::{Value, json};
 
-use crate::config::is_dns_label;
+use crate::config::check::is_dns_label;
 use crate::kinds::FINALIZER;
 
 /// An application has at most this many bytes (DESIGN 13.2).

@@ -482,7 +482,8 @@ async fn body_of<T: serde::de::DeserializeOwned>(request: Request) -> Result<T, 
         })?;
     let invalid =
         |message: String| ProblemJson::new(StatusCode::BAD_REQUEST, "krake::invalid-body", message);
-    let value = krake_kube_api::service::parse(&bytes).map_err(|error| invalid(error.message))?;
+    let value =
+        krake_kube_api::service::body::parse(&bytes).map_err(|error| invalid(error.message))?;
     serde_json::from_value(value).map_err(|error| invalid(error.to_string()))
 }
 
@@ -633,7 +634,7 @@ async fn create_token(State(shared): State<Context_>, request: Request) -> Answe
     let parts = &shared.parts;
     let lifetime = Duration::from_secs(seconds);
     let (token, id, expires_at) =
-        crate::membership::invite(&parts.federation, &parts.identity, lifetime, request.site)
+        crate::membership::door::invite(&parts.federation, &parts.identity, lifetime, request.site)
             .await
             .map_err(unavailable)?;
     Ok(Json(

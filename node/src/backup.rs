@@ -21,7 +21,7 @@ use crate::catalog::{Catalog, PATIENCE};
 use crate::config::Config;
 use crate::datadir::{DataDir, DataDirError, Membership};
 use crate::federation::{Federation, now};
-use crate::membership::{self, NO_REPLICA, NoTransport};
+use crate::membership::{self, NO_REPLICA, NoTransport, put};
 use crate::records;
 
 /// Where a node gives its backup.
@@ -110,7 +110,7 @@ pub async fn save(config: &Config, path: &Path) -> anyhow::Result<Summary> {
         Err(error) => return Err(error.into()),
         Ok(data) => {
             let (_, genesis) = data.require_membership()?;
-            let owner = owner_of(&genesis, data.identity(rand::random)?.node())?;
+            let owner = membership::owner_of(&genesis, data.identity(rand::random)?.node())?;
             let catalog = membership::catalog_path(&data);
             Backup::of_files(&catalog, owner, now())?.write()?.into()
         }
@@ -163,13 +163,6 @@ async fn download(config: &Config) -> anyhow::Result<Bytes> {
         .bytes()
         .await
         .context("the node broke off the backup")
-}
-
-fn owner_of(genesis: &Genesis, node: NodeId) -> anyhow::Result<Owner> {
-    Ok(Owner {
-        federation: genesis.federation_id()?,
-        node,
-    })
 }
 
 fn record<T: serde::de::DeserializeOwned>(backup: &Backup, key: &str) -> anyhow::Result<T> {
@@ -248,14 +241,10 @@ pub async fn restore(config: &Config, path: &Path) -> anyhow::Result<Restored> {
         })
         .collect();
     let operations = changes(&backup, &own, &others, &members);
-    let owner = owner_of(&genesis, own.node)?;
+    let owner = membership::owner_of(&genesis, own.node)?;
     let incarnation = backup.next_incarnation(now());
     let place = data.path().join("catalog.restoring");
-    if place.exists() {
-        // Left by an attempt that did not get to its end.
-        std::fs::remove_dir_all(&place)
-            .with_context(|| format!("cannot remove {}", place.display()))?;
-    }
+    membership::remove_unfinished(&place)?;
     backup.restore(&place, owner, replica, incarnation)?;
     adjust(&place, owner, &own, data.next_boot()?, operations).await?;
     let mut all = vec![own];
@@ -266,9 +255,7 @@ pub async fn restore(config: &Config, path: &Path) -> anyhow::Result<Restored> {
         members: all,
     })?;
     let catalog = membership::catalog_path(&data);
-    std::fs::rename(&place, &catalog)
-        .and_then(|()| std::fs::File::open(data.path())?.sync_all())
-        .with_context(|| format!("cannot rename {}", place.display()))?;
+    data.rename(&place, &catalog)?;
     Ok(Restored {
         summary,
         incarnation,
@@ -327,23 +314,16 @@ fn own_member(
     })
 }
 
-fn put(key: String, value: Bytes) -> Operation {
-    Operation::Put {
-        key,
-        value,
-        expect: Expect::Any,
-    }
-}
-
 /// What must change in the restored meta group: only this node has a replica id.
 fn changes(backup: &Backup, own: &Member, others: &[Member], members: &[Member]) -> Vec<Operation> {
     let mut operations = vec![put(
-        records::NEXT_REPLICA.to_owned(),
+        records::NEXT_REPLICA,
         records::write(&(own.replica + 1)),
+        Expect::Any,
     )];
     for member in others.iter().chain([own]) {
         let value = records::write(member);
-        operations.push(put(records::member_key(&member.node), value));
+        operations.push(put(records::member_key(&member.node), value, Expect::Any));
     }
     let replaced = members
         .iter()
@@ -354,11 +334,14 @@ fn changes(backup: &Backup, own: &Member, others: &[Member], members: &[Member])
             expect: Expect::Any,
         });
     }
+    let object_of = |key: &str| {
+        let entry = backup.get(GroupId::META, key)?;
+        records::read::<Value>(key, &entry.value).ok()
+    };
     let (site, node) = membership::objects(own);
     for (plural, new) in [("sites", site), ("nodes", node)] {
         let key = format!("{plural}/{}", own.site.name);
-        let old = backup.get(GroupId::META, &key);
-        let object = match old.and_then(|entry| records::read::<Value>(&key, &entry.value).ok()) {
+        let object = match object_of(&key) {
             None => new,
             Some(mut object) => {
                 for field in ["node", "replica", "addresses"] {
@@ -369,15 +352,13 @@ fn changes(backup: &Backup, own: &Member, others: &[Member], members: &[Member])
                 object
             }
         };
-        operations.push(put(key, records::write(&object)));
+        operations.push(put(key, records::write(&object), Expect::Any));
     }
     for member in others {
         let key = format!("nodes/{}", member.site.name);
-        let old = backup.get(GroupId::META, &key);
-        let object = old.and_then(|entry| records::read::<Value>(&key, &entry.value).ok());
-        if let Some(mut object) = object {
+        if let Some(mut object) = object_of(&key) {
             object["spec"]["replica"] = json!(NO_REPLICA);
-            operations.push(put(key, records::write(&object)));
+            operations.push(put(key, records::write(&object), Expect::Any));
         }
     }
     operations
@@ -421,8 +402,6 @@ pub fn rejoin(config: &Config) -> anyhow::Result<Option<PathBuf>> {
     }
     let time = now().to_seconds_string().replace(':', "");
     let aside = data.path().join(format!("catalog.{time}"));
-    std::fs::rename(&catalog, &aside)
-        .and_then(|()| std::fs::File::open(data.path())?.sync_all())
-        .with_context(|| format!("cannot rename {}", catalog.display()))?;
+    data.rename(&catalog, &aside)?;
     Ok(Some(aside))
 }

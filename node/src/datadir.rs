@@ -218,7 +218,15 @@ impl DataDir {
             .map_err(io("create", &temporary))?;
         file.write_all(bytes).map_err(io("write", &temporary))?;
         file.sync_all().map_err(io("sync", &temporary))?;
-        std::fs::rename(&temporary, &path).map_err(io("rename", &temporary))?;
+        self.rename(&temporary, &path)
+    }
+
+    /// Renames something in it durably.
+    ///
+    /// # Errors
+    /// When it cannot be renamed, or that is not certain to last.
+    pub fn rename(&self, from: &Path, to: &Path) -> Result<(), DataDirError> {
+        std::fs::rename(from, to).map_err(io("rename", from))?;
         File::open(&self.path)
             .and_then(|d| d.sync_all())
             .map_err(io("sync", &self.path))

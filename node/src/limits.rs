@@ -10,7 +10,8 @@ use axum::response::Response;
 use futures::StreamExt as _;
 use http::{Method, StatusCode};
 use krake_kube_api::ApiError;
-use krake_kube_api::service::{failure, is_watch};
+use krake_kube_api::service::failure;
+use krake_kube_api::service::query::is_watch;
 use tokio::sync::Semaphore;
 
 /// Requests that read, at once: kube-apiserver's default.

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use krake_node::config::{Config, ConfigError, KEYS, LogFormat};
+use krake_node::config::sources::KEYS;
+use krake_node::config::{Config, ConfigError, LogFormat};
 
 /// Many short-lived JSON documents on several threads: with the system's allocator a busy node was
 /// seen to spend a good part of its time giving memory back and taking it again.
@@ -166,7 +167,7 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
         Command::Init { flags } => {
             let config = load(arguments.config, &flags)?;
-            let founded = runtime.block_on(krake_node::membership::init(&config))?;
+            let founded = runtime.block_on(krake_node::membership::join::init(&config))?;
             say(format_args!("federation {} founded", founded.federation));
             say(format_args!(
                 "admin token: {}",
@@ -182,7 +183,8 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
                 })?,
                 None => token,
             };
-            let name = runtime.block_on(krake_node::membership::join(&config, token.trim()))?;
+            let name =
+                runtime.block_on(krake_node::membership::join::join(&config, token.trim()))?;
             say(format_args!(
                 "joined federation {name} as site {}",
                 config.site.name

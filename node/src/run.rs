@@ -21,7 +21,8 @@ use crate::catalog::Catalog;
 use crate::config::{BackendConfig, Config};
 use crate::datadir::{DataDir, Membership};
 use crate::federation::{Federation, now};
-use crate::membership::{self, Door};
+use crate::membership::door::Door;
+use crate::membership::{self, join, publish};
 use crate::net::{NetworkTransport, NodeHandler, Parts};
 use crate::owner::controller::Owner;
 use crate::site::agent::{Agent, SiteBackend};
@@ -106,16 +107,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Arc::clone(&handler) as Arc<dyn krake_gossip::Handler>,
     )
     .await?;
-    let catalog_owner = krake_consensus::Owner {
-        federation: genesis.federation_id()?,
-        node: identity.node(),
-    };
+    let catalog_owner = membership::owner_of(&genesis, identity.node())?;
     if membership::catalog_is_gone(&data) {
         warn!(
             directory = %membership::catalog_path(&data).display(),
             "the catalog is gone; the other members are asked for another replica id, and for what it held"
         );
-        stored = membership::readmit(&network, &data, catalog_owner, stored)
+        stored = join::readmit(&network, &data, catalog_owner, stored)
             .await
             .with_context(|| {
                 format!(
@@ -249,7 +247,7 @@ async fn compose(
         Arc::clone(data),
         stored,
     ));
-    tokio::spawn(membership::publish_own(
+    tokio::spawn(publish::publish_own(
         federation.clone(),
         config.clone(),
         agent.clone(),

@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use krake_catalog_client::Endpoint;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -178,6 +179,19 @@ impl Site {
     pub fn token(&self) -> String {
         let text = std::fs::read_to_string(&self.token_file).expect("the token file");
         text.trim().to_owned()
+    }
+
+    /// Host and port of the node's API.
+    pub fn api_address(&self) -> &str {
+        self.api.trim_start_matches("http://")
+    }
+
+    /// The node's catalog, for its own protocol.
+    pub fn catalog_endpoint(&self) -> Endpoint {
+        Endpoint::Tcp {
+            address: self.api_address().to_owned(),
+            token: self.token(),
+        }
     }
 
     /// kubectl towards the node.

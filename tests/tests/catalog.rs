@@ -26,17 +26,6 @@ fn put(key: &str, value: impl Into<Bytes>, expect: Expect) -> Operation {
     }
 }
 
-fn address(site: &Site) -> String {
-    site.api.trim_start_matches("http://").to_owned()
-}
-
-fn by_tcp(site: &Site) -> Endpoint {
-    Endpoint::Tcp {
-        address: address(site),
-        token: site.token(),
-    }
-}
-
 fn by_socket(site: &Site) -> Endpoint {
     Endpoint::Unix(site.data_dir.join("api.sock"))
 }
@@ -63,10 +52,10 @@ async fn reads_writes_and_watches(net: &Testnet) {
         panic!("three sites")
     };
     let (first, second) = (
-        connect(by_tcp(first)).await,
+        connect(first.catalog_endpoint()).await,
         connect(by_socket(second)).await,
     );
-    let third = connect(by_tcp(third)).await;
+    let third = connect(third.catalog_endpoint()).await;
     let key = "kv/test/one";
     let group = first.group_of(key).unwrap();
     let mut watch = third.watch(group, key, None).await.unwrap();
@@ -134,7 +123,7 @@ async fn reads_writes_and_watches(net: &Testnet) {
 /// What a watch is told of changes that it did not ask for, and when it asks too late.
 async fn bookmarks_and_the_end_of_memory(net: &Testnet) {
     const COMMANDS: usize = 1_100;
-    let client = connect(by_tcp(&net.sites()[0])).await;
+    let client = connect(net.sites()[0].catalog_endpoint()).await;
     let key = "kv/test/much";
     let group = client.group_of(key).unwrap();
     let mut watch = client.watch(group, "kv/nothing/", None).await.unwrap();
@@ -192,7 +181,7 @@ async fn refusals(net: &Testnet) {
     let site = &net.sites()[0];
     for token in ["", "wrong"] {
         let endpoint = Endpoint::Tcp {
-            address: address(site),
+            address: site.api_address().to_owned(),
             token: token.to_owned(),
         };
         let error = CatalogClient::connect(&endpoint).await.unwrap_err();
@@ -202,7 +191,7 @@ async fn refusals(net: &Testnet) {
     let plain = site.kubectl(&["get", "--raw", PATH]);
     assert!(!plain.status.success());
 
-    let client = connect(by_tcp(site)).await;
+    let client = connect(site.catalog_endpoint()).await;
     for key in ["applications/default/shop", "assign/default/shop", "kv/one"] {
         assert!(client.group_of(key).is_err());
         let command = Command::new(vec![put(key, "x", Expect::Any)]);
@@ -270,7 +259,7 @@ async fn garbage(net: &Testnet) {
         (damaged, "damaged"),
         (zero, "numbered from 1"),
     ] {
-        let mut stream = TcpStream::connect(address(site)).await.unwrap();
+        let mut stream = TcpStream::connect(site.api_address()).await.unwrap();
         begin(&mut stream, &site.token()).await;
         stream.write_all(&bytes).await.unwrap();
         let answer = within("the reason", next(&mut stream)).await.unwrap();
@@ -282,7 +271,7 @@ async fn garbage(net: &Testnet) {
         assert!(within("the end", next(&mut stream)).await.is_none());
     }
     // The node goes on.
-    let client = connect(by_tcp(site)).await;
+    let client = connect(site.catalog_endpoint()).await;
     let group = client.group_of("kv/test/after").unwrap();
     let command = Command::new(vec![put("kv/test/after", "x", Expect::Any)]);
     client.write(group, command).await.unwrap();

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use krake_catalog_client::protocol::{Freshness, Refusal};
-use krake_catalog_client::{CatalogError, CatalogPool, Endpoint};
+use krake_catalog_client::{CatalogError, CatalogPool};
 use krake_consensus::simulation::{Asked, Got, Operation as Asking, linearizable};
 use krake_consensus::{Command, Expect, Operation, ProposeError};
 use krake_model::revision::Revision;
-use krake_tests::{Testnet, wait_for};
+use krake_tests::{Site, Testnet, wait_for};
 use parking_lot::Mutex;
 use rand::RngExt as _;
 use serde_json::{Value, json};
@@ -284,10 +284,7 @@ async fn one_order_explains_what_clients_saw_while_nodes_were_killed() {
     }
     let history = Arc::<History>::default();
     let http = Arc::new(OverHttp::new(&net));
-    let endpoints = net.sites().iter().map(|site| Endpoint::Tcp {
-        address: site.api.trim_start_matches("http://").to_owned(),
-        token: site.token(),
-    });
+    let endpoints = net.sites().iter().map(Site::catalog_endpoint);
     let pool = CatalogPool::connect(endpoints.collect()).await.unwrap();
     let mut followers = BTreeMap::new();
     let (over, ended) = watch::channel(None);

@@ -142,6 +142,39 @@ fn closed(reason: impl ToString) -> CatalogError {
     }
 }
 
+/// The group of a key that clients may write.
+pub(crate) fn writable_group(key: &str, shards: u16) -> Result<GroupId, CatalogError> {
+    protocol::group_of(key, shards).ok_or_else(|| CatalogError::NotWritable {
+        key: key.to_owned(),
+    })
+}
+
+pub(crate) fn get(group: GroupId, key: &str, freshness: Freshness) -> Ask {
+    Ask::Get {
+        group,
+        key: key.to_owned(),
+        freshness,
+    }
+}
+
+/// What a write is answered with.
+pub(crate) fn committed(reply: Reply) -> Result<Committed, CatalogError> {
+    match reply {
+        Reply::Committed { committed, .. } => Ok(committed),
+        _ => Err(CatalogError::Unexpected),
+    }
+}
+
+/// What a get is answered with.
+pub(crate) fn value(reply: Reply) -> Result<(Option<Entry>, Revision), CatalogError> {
+    match reply {
+        Reply::Value {
+            revision, entry, ..
+        } => Ok((entry, revision)),
+        _ => Err(CatalogError::Unexpected),
+    }
+}
+
 /// Asks for the upgrade and waits for the 101.
 async fn upgrade<S>(stream: S, host: &str, token: Option<&str>) -> Result<Upgraded, CatalogError>
 where
@@ -266,9 +299,7 @@ impl CatalogClient {
     /// # Errors
     /// [`CatalogError::NotWritable`].
     pub fn group_of(&self, key: &str) -> Result<GroupId, CatalogError> {
-        protocol::group_of(key, self.shared.shards).ok_or_else(|| CatalogError::NotWritable {
-            key: key.to_owned(),
-        })
+        writable_group(key, self.shared.shards)
     }
 
     /// Applies a command to the group that all keys it writes belong to.
@@ -276,10 +307,7 @@ impl CatalogClient {
     /// # Errors
     /// With a conflict nothing was written; after a timeout or a lost connection that is not known.
     pub async fn write(&self, group: GroupId, command: Command) -> Result<Committed, CatalogError> {
-        match self.ask(Ask::Write { group, command }).await? {
-            Reply::Committed { committed, .. } => Ok(committed),
-            _ => Err(CatalogError::Unexpected),
-        }
+        committed(self.ask(Ask::Write { group, command }).await?)
     }
 
     /// Reads a key: what it holds, and up to which revision at least the node's replica was.
@@ -292,18 +320,7 @@ impl CatalogClient {
         key: &str,
         freshness: Freshness,
     ) -> Result<(Option<Entry>, Revision), CatalogError> {
-        let key = key.to_owned();
-        let ask = Ask::Get {
-            group,
-            key,
-            freshness,
-        };
-        match self.ask(ask).await? {
-            Reply::Value {
-                revision, entry, ..
-            } => Ok((entry, revision)),
-            _ => Err(CatalogError::Unexpected),
-        }
+        value(self.ask(get(group, key, freshness)).await?)
     }
 
     /// Reads the first page of what begins with `prefix`.

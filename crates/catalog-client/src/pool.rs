@@ -12,7 +12,7 @@ use krake_model::revision::Revision;
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::client::{CatalogClient, CatalogError, Endpoint, Event, Watch};
+use crate::client::{self, CatalogClient, CatalogError, Endpoint, Event, Watch};
 use crate::protocol::{Ask, Freshness, Refusal, Reply};
 
 /// First pause before something is tried at another node; doubles up to [`PAUSE_MAX`].
@@ -84,9 +84,7 @@ impl CatalogPool {
     /// # Errors
     /// [`CatalogError::NotWritable`].
     pub fn group_of(&self, key: &str) -> Result<GroupId, CatalogError> {
-        crate::protocol::group_of(key, self.0.shards).ok_or_else(|| CatalogError::NotWritable {
-            key: key.to_owned(),
-        })
+        client::writable_group(key, self.0.shards)
     }
 
     /// Applies a command, at whichever node it takes, for at most `patience`. It is repeated under
@@ -102,13 +100,8 @@ impl CatalogPool {
         patience: Duration,
     ) -> Result<Committed, CatalogError> {
         let command = command.clone();
-        match self
-            .ask(group, Ask::Write { group, command }, patience)
-            .await?
-        {
-            Reply::Committed { committed, .. } => Ok(committed),
-            _ => Err(CatalogError::Unexpected),
-        }
+        let ask = Ask::Write { group, command };
+        client::committed(self.ask(group, ask, patience).await?)
     }
 
     /// Reads a key; see [`CatalogClient::get`].
@@ -122,18 +115,8 @@ impl CatalogPool {
         freshness: Freshness,
         patience: Duration,
     ) -> Result<(Option<Entry>, Revision), CatalogError> {
-        let key = key.to_owned();
-        let ask = Ask::Get {
-            group,
-            key,
-            freshness,
-        };
-        match self.ask(group, ask, patience).await? {
-            Reply::Value {
-                revision, entry, ..
-            } => Ok((entry, revision)),
-            _ => Err(CatalogError::Unexpected),
-        }
+        let ask = client::get(group, key, freshness);
+        client::value(self.ask(group, ask, patience).await?)
     }
 
     /// Follows the keys of a group that begin with `prefix`, from a revision on or from now on, and

@@ -1,37 +1,30 @@
 //! Requests: one path grammar and one set of verbs for all kinds.
 
-use std::collections::BTreeMap;
+pub mod body;
+pub mod query;
+mod watch;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use axum::body::Body;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
 
+use self::body::{delete_options, media_type, parse_body, parse_patch};
+use self::query::{Query, include, selectors};
 use crate::discovery;
 use crate::error::{ApiError, Cause};
 use crate::kinds::{Kind, Registry};
 use crate::managed::Writer;
 use crate::openapi_v2;
-use crate::selector::{FieldSelector, LabelSelector};
-use crate::store::{Event, EventKind, Freshness, Listing, Read, Store};
+use crate::store::{Freshness, Listing, Store};
 use crate::strategic;
-use crate::table::{self, Include};
+use crate::table;
 use crate::write::{self, Change};
 
-/// A body has at most this many bytes (3 MiB, as in Kubernetes).
-pub const BODY_BYTES_MAX: usize = 3 * 1024 * 1024;
-/// A watch without a time limit of its own ends after this long; clients start it again.
-const WATCH_TIME: Duration = Duration::from_secs(45 * 60);
-/// A watch that asked for bookmarks gets one at least this often.
-const BOOKMARK_INTERVAL: Duration = Duration::from_secs(30);
 /// Lists of all kinds return at most this many objects at once.
 const LIST_MAX: usize = 50_000;
-
-/// The name of a field manager has at most this many bytes, as in Kubernetes.
-const MANAGER_BYTES_MAX: usize = 128;
 
 /// Checks and completes what is written, kind by kind.
 #[async_trait]
@@ -133,107 +126,6 @@ pub(crate) struct Target {
     pub(crate) namespace: Option<String>,
     pub(crate) name: Option<String>,
     pub(crate) subresource: String,
-}
-
-/// The query, decoded.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct Query(BTreeMap<String, String>);
-
-impl Query {
-    fn parse(query: Option<&str>) -> Result<Self, ApiError> {
-        let pairs: Vec<(String, String)> = serde_urlencoded::from_str(query.unwrap_or_default())
-            .map_err(|error| {
-                ApiError::bad_request(format!("the query is not readable: {error}"))
-            })?;
-        Ok(Self(pairs.into_iter().collect()))
-    }
-
-    pub(crate) fn get(&self, key: &str) -> Option<&str> {
-        self.0
-            .get(key)
-            .map(String::as_str)
-            .filter(|v| !v.is_empty())
-    }
-
-    pub(crate) fn flag(&self, key: &str) -> bool {
-        matches!(
-            self.0.get(key).map(String::as_str),
-            Some("true" | "1" | "True")
-        )
-    }
-
-    pub(crate) fn dry_run(&self) -> bool {
-        self.get("dryRun").is_some()
-    }
-
-    /// Checks the options of a write, which are `CreateOptions`, `UpdateOptions` or `PatchOptions`.
-    fn check_options(&self, name: &str, is_apply: bool) -> Result<(), ApiError> {
-        let mut causes = Vec::new();
-        if self.get("dryRun").is_some_and(|value| value != "All") {
-            causes.push(not_supported("dryRun", "All"));
-        }
-        let allowed = ["Ignore", "Strict", "Warn"];
-        if self
-            .get("fieldValidation")
-            .is_some_and(|value| !allowed.contains(&value))
-        {
-            causes.push(not_supported("fieldValidation", &allowed.join(", ")));
-        }
-        let manager = self.get("fieldManager");
-        if manager.is_some_and(|manager| manager.len() > MANAGER_BYTES_MAX) {
-            let message = format!("has more than {MANAGER_BYTES_MAX} bytes");
-            causes.push(Cause::new("fieldManager", message).because("FieldValueTooLong"));
-        }
-        if is_apply && manager.is_none() {
-            causes.push(
-                Cause::new(
-                    "fieldManager",
-                    "Required value: is required for apply patch",
-                )
-                .because("FieldValueRequired"),
-            );
-        }
-        if name == "PatchOptions" && !is_apply && self.get("force").is_some() {
-            let message = "may not be specified for a patch that is no apply";
-            causes.push(Cause::new("force", message).because("FieldValueForbidden"));
-        }
-        refuse_options(name, causes)
-    }
-
-    fn freshness(&self) -> Result<Freshness, ApiError> {
-        match self.get("resourceVersion") {
-            None => Ok(Freshness::Latest),
-            Some("0") => Ok(Freshness::Any),
-            Some(text) => Ok(Freshness::AtLeast(number(text)?)),
-        }
-    }
-}
-
-fn not_supported(field: &str, supported: &str) -> Cause {
-    Cause::new(
-        field,
-        format!("Unsupported value: supported values: {supported}"),
-    )
-    .because("FieldValueNotSupported")
-}
-
-fn refuse_options(name: &str, causes: Vec<Cause>) -> Result<(), ApiError> {
-    if causes.is_empty() {
-        Ok(())
-    } else {
-        Err(ApiError::invalid("meta.k8s.io", name, "", causes))
-    }
-}
-
-fn number(text: &str) -> Result<u64, ApiError> {
-    text.parse().map_err(|_| {
-        ApiError::bad_request(format!("invalid resourceVersion `{text}`: not a number"))
-    })
-}
-
-/// Whether a query asks for a watch, whose answer does not end by itself.
-pub fn is_watch(query: Option<&str>) -> bool {
-    Query::parse(query).is_ok_and(|query| query.flag("watch"))
 }
 
 /// An answer with a JSON body.
@@ -589,205 +481,6 @@ impl Service {
         }
         Ok(respond(200, &list_object(&target.kind, items, revision)))
     }
-
-    async fn watch(
-        self: &Arc<Self>,
-        headers: &HeaderMap,
-        target: &Target,
-        query: &Query,
-    ) -> Result<Response<Body>, ApiError> {
-        let (labels, fields) = selectors(query)?;
-        let from = query.get("resourceVersion");
-        let send_initial = query.flag("sendInitialEvents");
-        let mut initial = Vec::new();
-        let position;
-        let revision;
-        if send_initial || matches!(from, None | Some("0")) {
-            let freshness = if from.is_none() {
-                Freshness::Latest
-            } else {
-                query.freshness()?
-            };
-            // The position is taken first: what happens between is seen twice, never missed.
-            position = self.store.events().end();
-            let listing = self
-                .store
-                .list(&target.kind, target.namespace.as_deref(), freshness)
-                .await?;
-            revision = listing.revision;
-            initial = listing.items;
-        } else {
-            revision = number(from.unwrap_or_default())?;
-            position = self.store.events().position_after(revision)?;
-        }
-        let time = query
-            .get("timeoutSeconds")
-            .and_then(|text| text.parse().ok())
-            .map_or(WATCH_TIME, Duration::from_secs)
-            .min(WATCH_TIME);
-        let (sender, receiver) = mpsc::channel::<Result<String, std::convert::Infallible>>(64);
-        let watch = Watch {
-            service: Arc::clone(self),
-            target: target.clone(),
-            labels,
-            fields,
-            table: wants_table(headers).then(|| include(query)).transpose()?,
-            bookmarks: query.flag("allowWatchBookmarks"),
-            sender,
-        };
-        tokio::spawn(async move {
-            let work = watch.run(initial, send_initial, revision, position);
-            let _ = tokio::time::timeout(time, work).await;
-        });
-        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
-        let mut response = Response::new(Body::from_stream(stream));
-        response.headers_mut().insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/json"),
-        );
-        Ok(response)
-    }
-}
-
-struct Watch {
-    service: Arc<Service>,
-    target: Target,
-    labels: LabelSelector,
-    fields: FieldSelector,
-    table: Option<Include>,
-    bookmarks: bool,
-    sender: mpsc::Sender<Result<String, std::convert::Infallible>>,
-}
-
-impl Watch {
-    /// Runs until the client goes, the position is gone or the caller's time limit ends it.
-    async fn run(
-        self,
-        initial: Vec<Arc<Value>>,
-        mark_end: bool,
-        mut revision: u64,
-        mut position: u64,
-    ) {
-        for object in initial {
-            if self.selects(&object) && !self.send("ADDED", &object).await {
-                return;
-            }
-        }
-        if mark_end && !self.bookmark(revision, true).await {
-            return;
-        }
-        let mut newest = self.service.store.events().newest();
-        let mut bookmark = tokio::time::interval(BOOKMARK_INTERVAL);
-        bookmark.tick().await;
-        loop {
-            match self.service.store.events().read(position, 256) {
-                Read::Gone => {
-                    let error = ApiError::gone("the watch fell too far behind: list again");
-                    let line = json!({"type": "ERROR", "object": error.to_status()});
-                    let _ = self.sender.send(Ok(format!("{line}\n"))).await;
-                    return;
-                }
-                Read::Events(events, next) => {
-                    let more = !events.is_empty();
-                    for event in events {
-                        revision = event.revision;
-                        if !self.deliver(&event).await {
-                            return;
-                        }
-                    }
-                    position = next;
-                    if more {
-                        continue;
-                    }
-                }
-            }
-            tokio::select! {
-                changed = newest.changed() => if changed.is_err() { return },
-                _ = bookmark.tick(), if self.bookmarks => {
-                    if !self.bookmark(revision, false).await {
-                        return;
-                    }
-                }
-                () = self.sender.closed() => return,
-            }
-        }
-    }
-
-    fn selects_all(&self) -> bool {
-        self.labels.is_empty() && self.fields.is_empty()
-    }
-
-    fn selects(&self, object: &Value) -> bool {
-        self.labels.matches(object) && self.fields.matches(object)
-    }
-
-    async fn deliver(&self, event: &Event) -> bool {
-        let kind = &self.target.kind;
-        if event.resource.0 != kind.group || event.resource.1 != kind.plural {
-            return true;
-        }
-        let object = event.object.value();
-        if object.is_null() {
-            return true;
-        }
-        let namespace = object
-            .pointer("/metadata/namespace")
-            .and_then(Value::as_str);
-        if self.target.namespace.is_some() && self.target.namespace.as_deref() != namespace {
-            return true;
-        }
-        let selected = self.selects(object);
-        let now = event.kind != EventKind::Deleted && selected;
-        let before = match &event.previous {
-            _ if event.kind == EventKind::Added => false,
-            // Without a selector every version is selected, and the one before is not read.
-            _ if self.selects_all() => true,
-            Some(previous) => self.selects(previous.value()),
-            None => selected,
-        };
-        let word = match (before, now) {
-            (false, false) => return true,
-            (false, true) => "ADDED",
-            (true, true) => "MODIFIED",
-            (true, false) => "DELETED",
-        };
-        self.send(word, object).await
-    }
-
-    async fn send(&self, word: &str, object: &Value) -> bool {
-        let mut object = typed(&self.target.kind, object);
-        if let Some(include) = self.table {
-            let revision = object
-                .pointer("/metadata/resourceVersion")
-                .and_then(Value::as_str)
-                .unwrap_or_default()
-                .to_owned();
-            object = table::table(
-                &self.target.kind,
-                std::slice::from_ref(&object),
-                &revision,
-                include,
-                true,
-                jiff::Timestamp::now(),
-            );
-        }
-        let line = json!({"type": word, "object": object});
-        self.sender.send(Ok(format!("{line}\n"))).await.is_ok()
-    }
-
-    async fn bookmark(&self, revision: u64, end_of_initial: bool) -> bool {
-        let kind = &self.target.kind;
-        let mut object = json!({
-            "kind": kind.kind,
-            "apiVersion": kind.api_version(),
-            "metadata": {"resourceVersion": revision.to_string()},
-        });
-        if end_of_initial {
-            object["metadata"]["annotations"] = json!({"k8s.io/initial-events-end": "true"});
-        }
-        let line = json!({"type": "BOOKMARK", "object": object});
-        self.sender.send(Ok(format!("{line}\n"))).await.is_ok()
-    }
 }
 
 /// What a patch of this media type does.
@@ -827,30 +520,12 @@ fn list_object(kind: &Kind, items: Vec<Value>, revision: u64) -> Value {
     })
 }
 
-fn selectors(query: &Query) -> Result<(LabelSelector, FieldSelector), ApiError> {
-    Ok((
-        LabelSelector::parse(query.get("labelSelector").unwrap_or_default())?,
-        FieldSelector::parse(query.get("fieldSelector").unwrap_or_default())?,
-    ))
-}
-
 fn wants_table(headers: &HeaderMap) -> bool {
     let accept = headers
         .get(header::ACCEPT)
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     accept.contains("as=Table") && accept.contains("v=v1")
-}
-
-fn include(query: &Query) -> Result<Include, ApiError> {
-    match query.get("includeObject") {
-        Some("None") => Ok(Include::None),
-        Some("Object") => Ok(Include::Object),
-        None | Some("Metadata") => Ok(Include::Metadata),
-        Some(other) => Err(ApiError::bad_request(format!(
-            "includeObject={other} is not None, Metadata or Object"
-        ))),
-    }
 }
 
 /// Whether an answer in JSON is acceptable.
@@ -864,18 +539,6 @@ fn accepts_json(headers: &HeaderMap) -> bool {
         matches!(media, "application/json" | "application/*" | "*/*")
     };
     accept.trim().is_empty() || accept.split(',').any(is_good)
-}
-
-fn media_type(headers: &HeaderMap) -> String {
-    headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or("application/json")
-        .split(';')
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .to_ascii_lowercase()
 }
 
 fn writer(headers: &HeaderMap, target: &Target, query: &Query, default: &str) -> Writer {
@@ -910,133 +573,4 @@ fn with_warnings(mut response: Response<Body>, warnings: &[Cause]) -> Response<B
         }
     }
     response
-}
-
-/// `DeleteOptions` of the body, completed by those of the query: a dry run that is asked for there
-/// must never delete.
-async fn delete_options(headers: &HeaderMap, query: &Query, body: Body) -> Result<Value, ApiError> {
-    let mut options = match parse_body(headers, body).await? {
-        Value::Null => json!({}),
-        options @ Value::Object(_) => options,
-        _ => return Err(ApiError::bad_request("DeleteOptions are an object")),
-    };
-    for field in ["propagationPolicy", "gracePeriodSeconds"] {
-        if let (None, Some(text)) = (options.get(field), query.get(field)) {
-            options[field] = text
-                .parse::<i64>()
-                .map_or_else(|_| text.into(), Value::from);
-        }
-    }
-    if let (None, Some(text)) = (options.get("dryRun"), query.get("dryRun")) {
-        options["dryRun"] = json!([text]);
-    }
-    let mut causes = Vec::new();
-    let policies = ["Background", "Foreground", "Orphan"];
-    let policy = options.get("propagationPolicy").and_then(Value::as_str);
-    if policy.is_some_and(|policy| !policies.contains(&policy)) {
-        causes.push(not_supported("propagationPolicy", &policies.join(", ")));
-    }
-    let runs = options.get("dryRun").and_then(Value::as_array);
-    if runs.is_some_and(|runs| runs.iter().any(|run| run != "All")) {
-        causes.push(not_supported("dryRun", "All"));
-    }
-    refuse_options("DeleteOptions", causes)?;
-    Ok(options)
-}
-
-/// Reads a body of JSON or YAML within its limit; an empty one is null.
-pub(crate) async fn parse_body(headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
-    parse(&read_body(headers, body).await?)
-}
-
-/// The same of a patch, which is never empty.
-async fn parse_patch(headers: &HeaderMap, body: Body) -> Result<Value, ApiError> {
-    let bytes = read_body(headers, body).await?;
-    if bytes.is_empty() {
-        return Err(ApiError::bad_request("a patch needs a body"));
-    }
-    parse(&bytes)
-}
-
-async fn read_body(headers: &HeaderMap, body: Body) -> Result<axum::body::Bytes, ApiError> {
-    let media = media_type(headers);
-    let is_text = media.ends_with("json") || media.ends_with("yaml");
-    if !is_text {
-        return Err(ApiError::unsupported_media_type(format!(
-            "`{media}` is not supported: send JSON or YAML"
-        )));
-    }
-    axum::body::to_bytes(body, BODY_BYTES_MAX)
-        .await
-        .map_err(|_| {
-            ApiError::too_large(format!(
-                "the request has more than {BODY_BYTES_MAX} bytes; split it"
-            ))
-        })
-}
-
-/// Reads one JSON or YAML document; depth and aliases are bounded.
-///
-/// # Errors
-/// 400 with the place.
-pub fn parse(bytes: &[u8]) -> Result<Value, ApiError> {
-    let text = std::str::from_utf8(bytes)
-        .map_err(|error| ApiError::bad_request(format!("the body is not UTF-8: {error}")))?;
-    if text.trim().is_empty() {
-        return Ok(Value::Null);
-    }
-    let value = if text.trim_start().starts_with(['{', '[']) {
-        crate::json::parse(text)
-            .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))
-    } else {
-        yaml(text)
-    };
-    let mut value = value?;
-    whole_numbers(&mut value);
-    Ok(value)
-}
-
-fn yaml(text: &str) -> Result<Value, ApiError> {
-    serde_saphyr::from_str(text).map_err(|error| {
-        let mut inner = error.without_snippet();
-        while let serde_saphyr::Error::AliasError { error, .. } = inner {
-            inner = error.without_snippet();
-        }
-        let text = match (inner, error.location()) {
-            (serde_saphyr::Error::MultipleDocuments { .. }, Some(place)) => format!(
-                "line {} begins a second document, a request is for one object",
-                place.line()
-            ),
-            (serde_saphyr::Error::DuplicateMappingKey { key, .. }, Some(place)) => format!(
-                "line {} column {} repeats the key `{}`",
-                place.line(),
-                place.column(),
-                key.as_deref().unwrap_or_default()
-            ),
-            (serde_saphyr::Error::Budget { .. }, Some(place)) => format!(
-                "line {} column {} is nested too deeply, or is too much with its aliases expanded",
-                place.line(),
-                place.column()
-            ),
-            _ => error.to_string(),
-        };
-        ApiError::bad_request(format!("the body is not YAML: {text}"))
-    })
-}
-
-/// `1.0` is kept as `1`, as in Kubernetes: who writes the one for the other changes nothing.
-fn whole_numbers(value: &mut Value) {
-    /// Up to here every whole number is a float of its own.
-    const EXACT: f64 = 9_007_199_254_740_992.0;
-    match value {
-        Value::Number(number) if number.is_f64() => {
-            let float = number.as_f64().unwrap_or_default();
-            if float.fract() == 0.0 && float.abs() < EXACT {
-                *value = (float as i64).into();
-            }
-        }
-        Value::Array(items) => items.iter_mut().for_each(whole_numbers),
-        Value::Object(map) => map.values_mut().for_each(whole_numbers),
-        _ => {}
-    }
 }

@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::try_join_all;
+use krake_catalog_client::CatalogPool;
 use krake_catalog_client::protocol::{Freshness, group_of};
-use krake_catalog_client::{CatalogPool, Endpoint};
 use krake_consensus::{Command, Expect, Operation};
-use krake_tests::Testnet;
+use krake_tests::{Site, Testnet};
 use tokio::task::JoinHandle;
 
 use super::etcd::{Etcd, EtcdClient};
+use super::measure::{at, median, metric, processor};
 
-const SITES: usize = 3;
 const VALUE: usize = 1024;
 const ROUNDS: usize = 5;
 const WARM_UP: Duration = Duration::from_secs(1);
@@ -48,21 +48,6 @@ struct Turn {
     processor: f64,
 }
 
-fn at(times: &[f64], part: f64) -> f64 {
-    times[((times.len() - 1) as f64 * part).round() as usize]
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    at(&values, 0.5)
-}
-
-/// The value of a metric without labels in the text that Prometheus reads.
-pub fn metric(text: &str, name: &str) -> f64 {
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    line.unwrap().trim().parse().unwrap()
-}
-
 /// Median milliseconds of one writer's `pwrite` and `fdatasync` of a value.
 fn floor() -> f64 {
     let dir = tempfile::tempdir().unwrap();
@@ -79,56 +64,38 @@ fn floor() -> f64 {
     median(times.collect())
 }
 
-/// Processor seconds of these processes so far (`proc(5)`; a tick is 10 ms).
-fn processor(pids: &[u32]) -> f64 {
-    pids.iter()
-        .map(|pid| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-            let (_, rest) = stat.rsplit_once(')').unwrap();
-            let fields: Vec<&str> = rest.split_whitespace().collect();
-            (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0
-        })
-        .sum()
-}
-
-fn turn(times: Vec<Vec<f64>>, syncs: f64, processor: f64) -> Turn {
-    let mut times: Vec<f64> = times.into_iter().flatten().collect();
-    times.sort_by(f64::total_cmp);
-    let count = times.len() as f64;
-    Turn {
-        rate: count / TIME.as_secs_f64(),
-        p50: at(&times, 0.5),
-        p99: at(&times, 0.99),
-        syncs: syncs / count,
-        processor: processor / count * 1e4,
-    }
-}
-
 struct Krake {
     net: Testnet,
     http: reqwest::Client,
 }
 
-impl Krake {
-    async fn pool(&self) -> CatalogPool {
-        let endpoints = self.net.sites().iter().map(|site| Endpoint::Tcp {
-            address: site.api.trim_start_matches("http://").to_owned(),
-            token: site.token(),
-        });
-        CatalogPool::connect(endpoints.collect()).await.unwrap()
-    }
+/// What is compared.
+trait Rival {
+    type Connection: Connection;
 
-    async fn text(&self, site: usize, path: &str) -> String {
-        let site = &self.net.sites()[site];
-        let request = self.http.get(format!("{}{path}", site.api));
-        let answer = request.bearer_auth(site.token()).send().await.unwrap();
-        answer.text().await.unwrap()
+    /// One for all clients of a turn.
+    async fn connect(&self) -> Self::Connection;
+
+    /// `fdatasync` calls of all members so far.
+    async fn syncs(&self) -> f64;
+
+    fn pids(&self) -> Vec<u32>;
+}
+
+impl Rival for Krake {
+    type Connection = CatalogPool;
+
+    async fn connect(&self) -> CatalogPool {
+        let endpoints = self.net.sites().iter().map(Site::catalog_endpoint);
+        CatalogPool::connect(endpoints.collect()).await.unwrap()
     }
 
     async fn syncs(&self) -> f64 {
         let mut sum = 0.0;
-        for site in 0..SITES {
-            let text = self.text(site, "/metrics").await;
+        for site in self.net.sites() {
+            let request = self.http.get(format!("{}/metrics", site.api));
+            let answer = request.bearer_auth(site.token()).send().await.unwrap();
+            let text = answer.text().await.unwrap();
             sum += metric(&text, "krake_consensus_writes_total");
         }
         sum
@@ -137,26 +104,32 @@ impl Krake {
     fn pids(&self) -> Vec<u32> {
         self.net.sites().iter().map(|site| site.pid).collect()
     }
+}
 
-    async fn turn(&self, work: Work, count: usize) -> Turn {
-        let pool = self.pool().await;
-        let start = Instant::now() + WARM_UP;
-        let tasks = clients(start, count, &pool, work);
-        tokio::time::sleep_until(start.into()).await;
-        let (syncs, spent) = (self.syncs().await, processor(&self.pids()));
-        let times = try_join_all(tasks).await.unwrap();
-        let syncs = self.syncs().await - syncs;
-        turn(times, syncs, processor(&self.pids()) - spent)
+impl Rival for Etcd {
+    type Connection = EtcdClient;
+
+    async fn connect(&self) -> EtcdClient {
+        // Ours know who leads, too; any other member would have to pass it on.
+        self.client(self.leader().await).await
+    }
+
+    async fn syncs(&self) -> f64 {
+        Self::syncs(self).await
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        Self::pids(self)
     }
 }
 
 /// What both can do.
-trait Peer: Clone + Send + 'static {
+trait Connection: Clone + Send + 'static {
     fn put(&mut self, key: &str) -> impl Future<Output = ()> + Send;
     fn get(&mut self, key: &str) -> impl Future<Output = ()> + Send;
 }
 
-impl Peer for CatalogPool {
+impl Connection for CatalogPool {
     async fn put(&mut self, key: &str) {
         let command = Command::new(vec![Operation::Put {
             key: key.to_owned(),
@@ -174,7 +147,7 @@ impl Peer for CatalogPool {
     }
 }
 
-impl Peer for EtcdClient {
+impl Connection for EtcdClient {
     async fn put(&mut self, key: &str) {
         Self::put(self, key, value()).await;
     }
@@ -207,7 +180,12 @@ fn keys(clients: usize) -> Vec<Vec<String>> {
 
 /// One client: the next operation when the last is answered. What was asked before `start` is not
 /// counted.
-async fn client(start: Instant, keys: Vec<String>, mut peer: impl Peer, work: Work) -> Vec<f64> {
+async fn client(
+    start: Instant,
+    keys: Vec<String>,
+    mut connection: impl Connection,
+    work: Work,
+) -> Vec<f64> {
     let (end, mut times) = (start + TIME, Vec::new());
     for key in keys.iter().cycle() {
         let asked = Instant::now();
@@ -215,8 +193,8 @@ async fn client(start: Instant, keys: Vec<String>, mut peer: impl Peer, work: Wo
             break;
         }
         match work {
-            Work::Put => peer.put(key).await,
-            Work::Get => peer.get(key).await,
+            Work::Put => connection.put(key).await,
+            Work::Get => connection.get(key).await,
         }
         if asked >= start {
             times.push(asked.elapsed().as_secs_f64() * 1e3);
@@ -226,27 +204,30 @@ async fn client(start: Instant, keys: Vec<String>, mut peer: impl Peer, work: Wo
 }
 
 /// So many clients at once.
-fn clients(
-    start: Instant,
-    count: usize,
-    peer: &impl Peer,
-    work: Work,
-) -> Vec<JoinHandle<Vec<f64>>> {
-    let keys = keys(count).into_iter();
-    keys.map(|keys| tokio::spawn(client(start, keys, peer.clone(), work)))
-        .collect()
-}
-
-async fn etcd_turn(etcd: &Etcd, work: Work, count: usize) -> Turn {
-    // Ours know who leads, too; any other member would have to pass it on.
-    let connection = etcd.client(etcd.leader().await).await;
+async fn turn(rival: &impl Rival, work: Work, count: usize) -> Turn {
+    let connection = rival.connect().await;
     let start = Instant::now() + WARM_UP;
-    let tasks = clients(start, count, &connection, work);
+    let clients: Vec<JoinHandle<Vec<f64>>> = keys(count)
+        .into_iter()
+        .map(|keys| tokio::spawn(client(start, keys, connection.clone(), work)))
+        .collect();
     tokio::time::sleep_until(start.into()).await;
-    let (syncs, spent) = (etcd.syncs().await, processor(&etcd.pids()));
-    let times = try_join_all(tasks).await.unwrap();
-    let syncs = etcd.syncs().await - syncs;
-    turn(times, syncs, processor(&etcd.pids()) - spent)
+    let (syncs, spent) = (rival.syncs().await, processor(&rival.pids()));
+    let times = try_join_all(clients).await.unwrap();
+    let (syncs, spent) = (
+        rival.syncs().await - syncs,
+        processor(&rival.pids()) - spent,
+    );
+    let mut times: Vec<f64> = times.into_iter().flatten().collect();
+    times.sort_by(f64::total_cmp);
+    let count = times.len() as f64;
+    Turn {
+        rate: count / TIME.as_secs_f64(),
+        p50: at(&times, 0.5),
+        p99: at(&times, 0.99),
+        syncs: syncs / count,
+        processor: spent / count * 1e4,
+    }
 }
 
 /// The medians of the turns, and how far their rates went.
@@ -272,8 +253,8 @@ async fn compare(krake: &Krake, etcd: &Etcd, work: Work, clients: usize) {
     while ours.len() < ROUNDS {
         assert!(discarded < 2 * ROUNDS, "this disk is too unsteady");
         let before = floor();
-        let our = krake.turn(work, clients).await;
-        let their = etcd_turn(etcd, work, clients).await;
+        let our = turn(krake, work, clients).await;
+        let their = turn(etcd, work, clients).await;
         let after = floor();
         if before.max(after) > before.min(after) * FLOOR_MOVED {
             discarded += 1;

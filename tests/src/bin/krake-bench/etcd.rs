@@ -13,6 +13,8 @@ use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
 use tonic_prost::ProstCodec;
 
+use super::measure::metric;
+
 const MEMBERS: usize = 3;
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
@@ -153,7 +155,7 @@ impl Etcd {
         let mut sum = 0.0;
         for (_, url) in &self.members {
             let text = reqwest::get(format!("{url}/metrics")).await.unwrap();
-            sum += super::catalog::metric(
+            sum += metric(
                 &text.text().await.unwrap(),
                 "etcd_disk_wal_fsync_duration_seconds_count",
             );

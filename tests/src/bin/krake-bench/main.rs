@@ -12,6 +12,7 @@
 
 mod catalog;
 mod etcd;
+mod measure;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,9 +28,14 @@ use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, Config};
 use serde_json::{Value, json};
 
+use self::measure::{median, processor, spread};
+
 const LIMIT: Duration = Duration::from_secs(180);
 /// Where every app goes while nothing is wrong: the best of the testnet's profiles.
 const HOME: &str = "stockholm";
+
+/// How long an idle node is looked at.
+const IDLE_TIME: Duration = Duration::from_secs(30);
 
 type Times = Arc<Mutex<BTreeMap<String, Instant>>>;
 
@@ -137,18 +143,6 @@ async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// `p50 / p95 / max` in milliseconds.
-fn spread(times: &mut [f64]) -> String {
-    times.sort_by(f64::total_cmp);
-    let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
-    format!("{:.1} / {:.1} / {:.1}", at(0.5), at(0.95), at(1.0))
-}
-
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 impl Bench {
     async fn new() -> Self {
         let start = Instant::now();
@@ -222,19 +216,19 @@ impl Bench {
             submitted.push((object - start).as_secs_f64() * 1e3);
             late.push(shown.saturating_duration_since(ready).as_secs_f64() * 1e3);
         }
-        let ratio = median(&mut submitted) / median(&mut direct);
+        let ratio = median(submitted.clone()) / median(direct.clone());
         println!(
             "| direct server-side apply, ms p50 / p95 / max, n={count} | {} |",
-            spread(&mut direct)
+            spread(direct)
         );
         println!(
             "| submitted to object in the cluster, ms | {} |",
-            spread(&mut submitted)
+            spread(submitted)
         );
         println!("| ratio of the medians (goal: at most 5) | {ratio:.1} |");
         println!(
             "| ready in the cluster to shown ready by another node, ms (goal: p50 at most 40) | {} |",
-            spread(&mut late)
+            spread(late)
         );
     }
 
@@ -381,7 +375,7 @@ impl Bench {
         }
         println!(
             "| site killed with 20 apps to all ready elsewhere, {label}, s p50 / p95 / max, n={rounds} | {} |",
-            spread(&mut times)
+            spread(times)
         );
     }
 
@@ -424,7 +418,7 @@ impl Bench {
         }
         println!(
             "| shard leader killed to next write accepted, ms p50 / p95 / max (goal: p50 at most 1000), n={rounds} | {} |",
-            spread(&mut times)
+            spread(times)
         );
     }
 
@@ -451,95 +445,58 @@ impl Bench {
         }
         println!(
             "| planned handover of a shard, ms p50 / p95 / max (goal: one round trip and 50), n={rounds} | {} |",
-            spread(&mut times)
+            spread(times)
         );
     }
 
     async fn idle(&self) {
+        let sites = self.net.sites();
+        let pids: Vec<u32> = sites.iter().map(|site| site.pid).collect();
+        let spent = || pids.iter().map(|pid| processor(&[*pid]));
         // What is measured is a rate over a time, so a time has to pass.
-        let ticks = |pid: u32| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-            let fields: Vec<&str> = stat
-                .rsplit(')')
-                .next()
-                .unwrap()
-                .split_whitespace()
-                .collect();
-            fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()
-        };
-        let before: Vec<f64> = self
-            .net
-            .sites()
-            .iter()
-            .map(|site| ticks(site.pid))
-            .collect();
-        let span = Duration::from_secs(30);
-        tokio::time::sleep(span).await;
-        let mut cpu: Vec<f64> = self
-            .net
-            .sites()
-            .iter()
+        let (before, start) = (spent().collect::<Vec<f64>>(), Instant::now());
+        tokio::time::sleep(IDLE_TIME).await;
+        let time = start.elapsed().as_secs_f64();
+        let cpu = spent()
             .zip(before)
-            .map(|(site, before)| (ticks(site.pid) - before) / span.as_secs_f64())
+            .map(|(now, before)| (now - before) / time * 100.0)
             .collect();
-        let mut rss: Vec<f64> = self
-            .net
-            .sites()
-            .iter()
-            .map(|site| {
-                let status = std::fs::read_to_string(format!("/proc/{}/status", site.pid)).unwrap();
-                let line = status
-                    .lines()
-                    .find(|line| line.starts_with("VmRSS:"))
-                    .unwrap();
-                line.split_whitespace()
-                    .nth(1)
-                    .unwrap()
-                    .parse::<f64>()
-                    .unwrap()
-                    / 1024.0
-            })
-            .collect();
+        let rss = pids.iter().map(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+            let kib = line.unwrap().split_whitespace().next().unwrap();
+            kib.parse::<f64>().unwrap() / 1024.0
+        });
         println!(
             "| idle node of five, % of a core p50 / p95 / max (goal: at most 1) | {} |",
-            spread(&mut cpu)
+            spread(cpu)
         );
         println!(
             "| idle node of five, MiB RSS (goal: at most 48) | {} |",
-            spread(&mut rss)
+            spread(rss.collect())
         );
     }
 }
 
-/// Processor time of all processes so far by program, in clock ticks (`proc(5)`).
-fn processor_times() -> BTreeMap<String, u64> {
+/// Processor seconds of all processes so far, by program.
+fn processor_times() -> BTreeMap<String, f64> {
     let mut times = BTreeMap::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
-            continue;
-        };
-        let Some((start, rest)) = stat.rsplit_once(')') else {
-            continue;
-        };
-        let name = start
-            .split_once('(')
-            .map_or(start, |(_, name)| name)
-            .to_owned();
-        let fields: Vec<&str> = rest.split_whitespace().collect();
-        let ticks = |at: usize| fields.get(at).and_then(|f| f.parse::<u64>().ok());
-        *times.entry(name).or_default() += ticks(11).unwrap_or(0) + ticks(12).unwrap_or(0);
+        if let Some((name, seconds)) = measure::process(&entry.path()) {
+            *times.entry(name).or_default() += seconds;
+        }
     }
     times
 }
 
-/// What each program spent since then per object, in milliseconds; a clock tick is 10 ms.
-fn spent(before: &BTreeMap<String, u64>, objects: usize) -> String {
+/// What each program spent since then per object, in milliseconds.
+fn spent(before: &BTreeMap<String, f64>, objects: usize) -> String {
     let now = processor_times();
     let mut spent: Vec<(f64, &String)> = now
         .iter()
-        .map(|(name, ticks)| {
-            let ticks = ticks.saturating_sub(before.get(name).copied().unwrap_or(0));
-            (ticks as f64 * 10.0 / objects as f64, name)
+        .map(|(name, seconds)| {
+            let seconds = seconds - before.get(name).copied().unwrap_or(0.0);
+            (seconds * 1e3 / objects as f64, name)
         })
         .filter(|(time, _)| *time >= 0.1)
         .collect();

@@ -19,7 +19,7 @@ use krake_catalog_client::protocol::{
     self, Ask, Changed, Freshness, PAGE_BYTES, PAGE_ENTRIES_MAX, REQUEST_BYTES_MAX, Refusal, Reply,
     Request, Response, UNASKED, UPGRADE, write_frame,
 };
-use krake_consensus::{Compacted, Entry};
+use krake_consensus::{Change, Compacted, Entry};
 use krake_model::{GroupId, Revision};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
@@ -517,10 +517,10 @@ impl Connection {
                         self.say(number, Reply::WatchEnded, None).await;
                         return Ok(());
                     };
-                    let wanted = all.changes.iter().filter(|(key, _)| key.starts_with(&prefix));
-                    let changed = |(key, entry): &(String, Option<Entry>)| Changed {
-                        key: key.clone(),
-                        entry: entry.clone(),
+                    let wanted = all.changes.iter().filter(|one| one.key.starts_with(&prefix));
+                    let changed = |one: &Change| Changed {
+                        key: one.key.clone(),
+                        entry: one.entry.clone(),
                     };
                     let wanted: Vec<Changed> = wanted.map(changed).collect();
                     if wanted.is_empty() {

@@ -13,6 +13,7 @@ pub mod federation;
 pub mod kinds;
 pub mod limits;
 pub mod membership;
+mod merge;
 pub mod metrics;
 pub mod net;
 pub mod owner;

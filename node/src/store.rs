@@ -1,22 +1,37 @@
 //! The API's store over the catalog.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use krake_consensus::{Batch, Command, Entry, Expect, Operation, ProposeError, ReadError};
 use krake_kube_api::store::{modified, revision_of, set_revision};
 use krake_kube_api::{
-    ApiError, Event, EventKind, EventLog, EventObject, Freshness, Kind, Listing, Store,
+    ApiError, Event, EventKind, EventLog, EventObject, Freshness, Kind, Listing, Scope, Store,
 };
 use krake_model::{AppKey, GroupId, Revision};
+use parking_lot::Mutex;
 use serde_json::Value;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::Notify;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
+use tokio::time::Instant;
+use tracing::{debug, warn};
 
 use crate::catalog::{self, Catalog, PATIENCE};
+use crate::merge::Merge;
 use crate::records;
 
-/// Events kept for watches: with an application of 10 KiB about 40 MiB.
+/// Events kept for watches over all shards: with an application of 10 KiB about 40 MiB.
 const EVENTS_KEPT: usize = 2_000;
+/// Of one group at least, for watches of what is in it alone.
+const GROUP_EVENTS_MIN: usize = 64;
+/// Stamps of all shards are closed no more often than this while somebody watches.
+const CLOSE_INTERVAL: Duration = Duration::from_millis(20);
+/// When they could not be closed.
+const CLOSE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Adds to an object what is not committed: a site's newest report.
 pub trait Overlay: Send + Sync + 'static {
@@ -27,7 +42,15 @@ pub trait Overlay: Send + Sync + 'static {
 /// Objects in the catalog.
 pub struct CatalogStore {
     catalog: Catalog,
+    /// Of all shards.
     events: EventLog,
+    /// Of each group for itself, at once.
+    group_events: BTreeMap<GroupId, EventLog>,
+    merge: Mutex<Merge>,
+    /// All shards are known up to this revision.
+    closed: AtomicU64,
+    /// Somebody asked for the events of all shards.
+    wanted: Arc<Notify>,
     overlay: Arc<dyn Overlay>,
 }
 
@@ -45,47 +68,79 @@ fn app_of_event(name: &str) -> &str {
 impl CatalogStore {
     /// A store whose watches begin now.
     pub fn new(catalog: Catalog, overlay: Arc<dyn Overlay>) -> Arc<Self> {
-        let mut batches = catalog.host.watch();
-        let floor = Catalog::all_groups(catalog.shards)
-            .into_iter()
-            .map(|group| catalog.host.revision(group).number())
-            .max()
-            .unwrap_or(0);
+        let batches = catalog.host.watch();
+        let groups = Catalog::all_groups(catalog.shards);
+        let kept = (EVENTS_KEPT / groups.len()).max(GROUP_EVENTS_MIN);
+        let group_events = groups
+            .iter()
+            .map(|group| {
+                let kept = if *group == GroupId::META {
+                    EVENTS_KEPT
+                } else {
+                    kept
+                };
+                let floor = catalog.host.revision(*group).number();
+                (*group, EventLog::new(kept, floor))
+            })
+            .collect();
+        let floor = newest(&catalog, &groups);
         let store = Arc::new(Self {
             catalog,
             events: EventLog::new(EVENTS_KEPT, floor),
+            group_events,
+            merge: Mutex::new(Merge::new(EVENTS_KEPT)),
+            closed: AtomicU64::new(0),
+            wanted: Arc::default(),
             overlay,
         });
-        let weak = Arc::downgrade(&store);
-        tokio::spawn(async move {
-            loop {
-                let received = batches.recv().await;
-                let Some(store) = weak.upgrade() else {
-                    return;
-                };
-                match received {
-                    Ok(batch) => store.take(batch),
-                    Err(RecvError::Lagged(_)) => store.events.reset(store.newest()),
-                    Err(RecvError::Closed) => return,
-                }
-            }
-        });
+        tokio::spawn(follow(Arc::downgrade(&store), batches));
         store
     }
 
-    fn newest(&self) -> u64 {
-        Catalog::all_groups(self.catalog.shards)
-            .into_iter()
-            .map(|group| self.catalog.host.revision(group).number())
-            .max()
-            .unwrap_or(0)
+    /// Everything that was missed is void.
+    fn lose(&self, groups: &[GroupId]) {
+        for group in groups {
+            let revision = self.catalog.host.revision(*group).number();
+            if let Some(events) = self.group_events.get(group) {
+                events.reset(revision);
+            }
+            if *group != GroupId::META {
+                self.merge.lock().lose(revision);
+            }
+        }
+    }
+
+    fn lose_all(&self) {
+        self.lose(&Catalog::all_groups(self.catalog.shards));
+    }
+
+    fn take_all(self: &Arc<Self>, batches: &mut Receiver<Batch>) {
+        loop {
+            match batches.try_recv() {
+                Ok(batch) => self.take(batch),
+                Err(TryRecvError::Lagged(_)) => self.lose_all(),
+                Err(TryRecvError::Empty | TryRecvError::Closed) => return,
+            }
+        }
     }
 
     fn take(self: &Arc<Self>, batch: Batch) {
         if batch.reset {
-            self.events.reset(batch.revision.number());
+            self.lose(&[batch.group]);
             return;
         }
+        let group = batch.group;
+        let revision = batch.revision.number();
+        let events = self.events_of(batch);
+        if let Some(log) = self.group_events.get(&group) {
+            log.append(events.iter().cloned());
+        }
+        if group != GroupId::META {
+            self.merge.lock().take(revision, events);
+        }
+    }
+
+    fn events_of(self: &Arc<Self>, batch: Batch) -> Vec<Event> {
         let mut events = Vec::new();
         for change in batch.changes {
             let Some((plural, _)) = change.key.split_once('/') else {
@@ -134,7 +189,57 @@ impl CatalogStore {
                 });
             }
         }
-        self.events.append(events);
+        events
+    }
+
+    /// Everything of all shards up to `revision` was taken.
+    fn publish(&self, revision: u64) {
+        let turn = self.merge.lock().close(revision);
+        if let Some(floor) = turn.reset {
+            self.events.reset(floor);
+        }
+        if !turn.events.is_empty() {
+            self.events.append(turn.events);
+        }
+    }
+
+    /// A list over all shards as they were at one moment, and the revision of that moment.
+    async fn cut(
+        &self,
+        groups: &[GroupId],
+        prefix: &str,
+    ) -> Result<(Vec<(String, Entry)>, Revision), ApiError> {
+        let host = &self.catalog.host;
+        let deadline = Instant::now() + PATIENCE;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        'again: loop {
+            let closed = |at| async move {
+                let stamp = Revision::from_number(at);
+                let closed = host.close(groups, stamp, left()).await;
+                closed.map_err(|error| read_error(&error))
+            };
+            let mut at = newest(&self.catalog, groups);
+            closed(at).await?;
+            // What was committed before is here now, and may be above.
+            let now = newest(&self.catalog, groups);
+            if now > at {
+                at = now;
+                closed(at).await?;
+            }
+            self.closed.fetch_max(at, Ordering::Relaxed);
+            let mut found = Vec::new();
+            for group in groups {
+                match host
+                    .list_at(*group, prefix, Revision::from_number(at))
+                    .await
+                {
+                    Ok(entries) => found.extend(entries),
+                    // Very much was written meanwhile.
+                    Err(_) => continue 'again,
+                }
+            }
+            return Ok((found, Revision::from_number(at)));
+        }
     }
 
     fn group(&self, kind: &Kind, namespace: Option<&str>, name: &str) -> GroupId {
@@ -148,24 +253,31 @@ impl CatalogStore {
         }
     }
 
-    fn groups(&self, kind: &Kind) -> Vec<GroupId> {
-        match kind.plural.as_str() {
-            "sites" | "nodes" => vec![GroupId::META],
+    /// Where objects of a kind can be.
+    fn groups(&self, kind: &Kind, scope: Scope<'_>) -> Vec<GroupId> {
+        match (kind.plural.as_str(), scope.namespace, scope.name) {
+            ("sites" | "nodes", ..) => vec![GroupId::META],
+            (_, Some(namespace), Some(name)) => vec![self.group(kind, Some(namespace), name)],
             _ => self.catalog.shard_groups(),
         }
     }
 
-    async fn freshen(&self, groups: &[GroupId], freshness: Freshness) -> Result<(), ApiError> {
-        let newest = || {
-            groups
-                .iter()
-                .map(|group| self.catalog.host.revision(*group).number())
-                .max()
-                .unwrap_or(0)
+    /// Whether everything of the groups up to `revision` is here for certain.
+    fn has(&self, groups: &[GroupId], revision: u64) -> bool {
+        let own = match groups {
+            // Its own revisions come in order.
+            [group] if Revision::from_number(revision).group_number() == group.number() => {
+                self.catalog.host.revision(*group).number()
+            }
+            _ => 0,
         };
+        own.max(self.closed.load(Ordering::Relaxed)) >= revision
+    }
+
+    async fn freshen(&self, groups: &[GroupId], freshness: Freshness) -> Result<(), ApiError> {
         match freshness {
             Freshness::Any => Ok(()),
-            Freshness::AtLeast(revision) if newest() >= revision => Ok(()),
+            Freshness::AtLeast(revision) if self.has(groups, revision) => Ok(()),
             Freshness::Latest | Freshness::AtLeast(_) => self
                 .catalog
                 .host
@@ -179,6 +291,80 @@ impl CatalogStore {
         let command = Command::new(vec![operation]);
         let committed = self.catalog.host.propose(group, command, PATIENCE).await?;
         Ok(committed.revision.number())
+    }
+}
+
+/// The highest revision that this node has of these groups.
+fn newest(catalog: &Catalog, groups: &[GroupId]) -> u64 {
+    let revisions = groups.iter().map(|group| catalog.host.revision(*group));
+    revisions.max().unwrap_or(Revision::NONE).number()
+}
+
+/// Brings what is applied to those who watch. The events of all shards are put in order by having
+/// the leaders close their stamps, as long as somebody watches them.
+async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Batch>) {
+    let Some((host, shards, wanted, first)) = store.upgrade().map(|store| {
+        let shards = store.catalog.shard_groups();
+        let first = newest(&store.catalog, &shards);
+        let host = store.catalog.host.clone();
+        (host, shards, Arc::clone(&store.wanted), first)
+    }) else {
+        return;
+    };
+    let close = |at: u64| {
+        let (host, shards) = (host.clone(), shards.clone());
+        async move {
+            let closed = host
+                .close(&shards, Revision::from_number(at), PATIENCE)
+                .await;
+            if closed.is_err() {
+                tokio::time::sleep(CLOSE_PAUSE).await;
+            }
+            closed.map(|()| at)
+        }
+    };
+    // What is read locally before anybody watches has a revision to go on from, too.
+    let mut closing = Some(Box::pin(close(first)));
+    let (mut next, mut failing) = (Instant::now(), false);
+    loop {
+        let idle = closing.is_none();
+        let pause = idle && next > Instant::now();
+        let mut received = None;
+        tokio::select! {
+            batch = batches.recv() => received = Some(batch),
+            closed = async { closing.as_mut().expect("there is one").await }, if !idle => {
+                closing = None;
+                let Some(store) = store.upgrade() else { return };
+                match closed {
+                    Ok(at) => {
+                        // Closed is what was told already; it may still be in the channel.
+                        store.take_all(&mut batches);
+                        store.closed.fetch_max(at, Ordering::Relaxed);
+                        store.publish(at);
+                        failing = false;
+                    }
+                    Err(error) if !failing && store.events.is_watched() => {
+                        warn!(%error, "watches over all shards wait");
+                        failing = true;
+                    }
+                    Err(error) => debug!(%error, "stamps could not be closed"),
+                }
+            }
+            () = wanted.notified() => {}
+            () = tokio::time::sleep_until(next), if pause => {}
+        }
+        let Some(store) = store.upgrade() else { return };
+        match received {
+            Some(Ok(batch)) => store.take(batch),
+            Some(Err(RecvError::Lagged(_))) => store.lose_all(),
+            Some(Err(RecvError::Closed)) => return,
+            None => {}
+        }
+        if closing.is_none() && next <= Instant::now() && store.events.is_watched() {
+            let wanted = store.merge.lock().wanted();
+            closing = wanted.map(|at| Box::pin(close(at)));
+            next = Instant::now() + CLOSE_INTERVAL;
+        }
     }
 }
 
@@ -255,30 +441,44 @@ impl Store for CatalogStore {
     async fn list(
         &self,
         kind: &Kind,
-        namespace: Option<&str>,
+        scope: Scope<'_>,
         freshness: Freshness,
     ) -> Result<Listing, ApiError> {
-        let groups = self.groups(kind);
-        self.freshen(&groups, freshness).await?;
-        let prefix = match namespace {
+        let groups = self.groups(kind, scope);
+        let prefix = match scope.namespace {
             Some(namespace) => format!("{}/{namespace}/", kind.plural),
             None => format!("{}/", kind.plural),
         };
-        let mut revision = Revision::NONE;
-        let mut found = Vec::new();
-        for group in groups {
-            let (entries, stamp) = self.catalog.host.list(group, &prefix);
-            revision = revision.max(stamp);
-            for (key, entry) in entries {
-                if let Some(mut object) = object(&key, &entry) {
-                    self.overlay.add(&kind.plural, &mut object);
-                    found.push((key, Arc::new(object)));
-                }
+        let as_it_is = match freshness {
+            Freshness::Any => true,
+            Freshness::AtLeast(revision) => self.has(&groups, revision),
+            Freshness::Latest => false,
+        };
+        let (found, revision) = match groups[..] {
+            [group] => {
+                self.freshen(&groups, freshness).await?;
+                self.catalog.host.list(group, &prefix)
             }
-        }
-        found.sort_by(|a, b| a.0.cmp(&b.0));
+            // A watch from there may show again what is here already, and misses nothing.
+            _ if as_it_is => {
+                let closed = self.closed.load(Ordering::Relaxed);
+                let lists = groups.iter();
+                let lists = lists.flat_map(|group| self.catalog.host.list(*group, &prefix).0);
+                (lists.collect(), Revision::from_number(closed))
+            }
+            _ => self.cut(&groups, &prefix).await?,
+        };
+        let mut items: Vec<(String, Arc<Value>)> = found
+            .into_iter()
+            .filter_map(|(key, entry)| {
+                let mut object = object(&key, &entry)?;
+                self.overlay.add(&kind.plural, &mut object);
+                Some((key, Arc::new(object)))
+            })
+            .collect();
+        items.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(Listing {
-            items: found.into_iter().map(|(_, object)| object).collect(),
+            items: items.into_iter().map(|(_, object)| object).collect(),
             revision: revision.number(),
         })
     }
@@ -366,7 +566,13 @@ impl Store for CatalogStore {
         }
     }
 
-    fn events(&self) -> &EventLog {
+    fn events(&self, kind: &Kind, scope: Scope<'_>) -> &EventLog {
+        if let [group] = self.groups(kind, scope)[..]
+            && let Some(events) = self.group_events.get(&group)
+        {
+            return events;
+        }
+        self.wanted.notify_one();
         &self.events
     }
 }

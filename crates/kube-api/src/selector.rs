@@ -165,6 +165,14 @@ impl FieldSelector {
         Ok(Self(terms))
     }
 
+    /// The only name that an object may have, when it says one.
+    pub fn name(&self) -> Option<&str> {
+        let mut names = self.0.iter().filter(|(path, equal, _)| {
+            *equal && path.iter().map(String::as_str).eq(["metadata", "name"])
+        });
+        names.next().map(|(_, _, name)| name.as_str())
+    }
+
     /// Whether an object satisfies it; an absent field is the empty text.
     pub fn matches(&self, object: &Value) -> bool {
         self.0.iter().all(|(path, equal, wanted)| {

@@ -18,7 +18,8 @@ use crate::error::{ApiError, Cause};
 use crate::kinds::{Kind, Registry};
 use crate::managed::Writer;
 use crate::openapi_v2;
-use crate::store::{Freshness, Listing, Store};
+use crate::selector::FieldSelector;
+use crate::store::{Freshness, Listing, Scope, Store};
 use crate::strategic;
 use crate::table;
 use crate::write::{self, Change};
@@ -126,6 +127,16 @@ pub(crate) struct Target {
     pub(crate) namespace: Option<String>,
     pub(crate) name: Option<String>,
     pub(crate) subresource: String,
+}
+
+impl Target {
+    /// What a list or a watch of it with this selector can return.
+    fn scope<'a>(&'a self, fields: &'a FieldSelector) -> Scope<'a> {
+        Scope {
+            namespace: self.namespace.as_deref(),
+            name: fields.name(),
+        }
+    }
 }
 
 /// An answer with a JSON body.
@@ -386,7 +397,7 @@ impl Service {
         let (labels, fields) = selectors(query)?;
         let listing = self
             .store
-            .list(&target.kind, target.namespace.as_deref(), Freshness::Latest)
+            .list(&target.kind, target.scope(&fields), Freshness::Latest)
             .await?;
         let mut items = Vec::new();
         for object in listing.items {
@@ -456,11 +467,7 @@ impl Service {
         }
         let Listing { items, revision } = self
             .store
-            .list(
-                &target.kind,
-                target.namespace.as_deref(),
-                query.freshness()?,
-            )
+            .list(&target.kind, target.scope(&fields), query.freshness()?)
             .await?;
         let items: Vec<Value> = items
             .iter()

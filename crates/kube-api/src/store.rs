@@ -87,6 +87,15 @@ pub struct Listing {
     pub revision: u64,
 }
 
+/// Which objects of a kind are meant: all, those of a namespace, or one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Scope<'a> {
+    /// Those of this namespace only.
+    pub namespace: Option<&'a str>,
+    /// The one of this name only. A store may return others, too.
+    pub name: Option<&'a str>,
+}
+
 /// How new a read must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Freshness {
@@ -113,14 +122,14 @@ pub trait Store: Send + Sync + 'static {
         freshness: Freshness,
     ) -> Result<Arc<Value>, ApiError>;
 
-    /// All objects of a kind, in one namespace or in all.
+    /// Objects of a kind.
     ///
     /// # Errors
     /// Why they cannot be read.
     async fn list(
         &self,
         kind: &Kind,
-        namespace: Option<&str>,
+        scope: Scope<'_>,
         freshness: Freshness,
     ) -> Result<Listing, ApiError>;
 
@@ -153,12 +162,13 @@ pub trait Store: Send + Sync + 'static {
         expected: u64,
     ) -> Result<(), ApiError>;
 
-    /// The log that watches follow.
-    fn events(&self) -> &EventLog;
+    /// The log that watches of these objects follow; there may be more in it. A revision that any
+    /// read of the same scope returned, here or at another server, is one to go on from.
+    fn events(&self, kind: &Kind, scope: Scope<'_>) -> &EventLog;
 }
 
-/// Events in the order they arrived, the newest `capacity` of them. Watches read it by position:
-/// none has a queue of its own.
+/// Events in the order of their revisions, the newest `capacity` of them. Watches read it by
+/// position: none has a queue of its own.
 #[derive(Debug)]
 pub struct EventLog {
     inner: Mutex<Log>,
@@ -171,8 +181,6 @@ struct Log {
     /// Position of the first event kept.
     first: u64,
     events: VecDeque<Event>,
-    /// Where to resume for a revision.
-    positions: BTreeMap<u64, u64>,
     /// Resuming from a revision below this may miss something.
     floor: u64,
     /// A reset: everything before is invalid.
@@ -201,27 +209,17 @@ impl EventLog {
         }
     }
 
-    /// Appends events.
+    /// Appends events, none of which may have a lower revision than one that is there.
     pub fn append(&self, events: impl IntoIterator<Item = Event>) {
         let end = {
             let mut log = self.inner.lock();
             for event in events {
-                let position = log.first + log.events.len() as u64;
-                log.positions.insert(event.revision, position + 1);
                 log.events.push_back(event);
                 if log.events.len() > self.capacity
                     && let Some(dropped) = log.events.pop_front()
                 {
                     log.first += 1;
                     log.floor = log.floor.max(dropped.revision);
-                    let first = log.first;
-                    if log
-                        .positions
-                        .get(&dropped.revision)
-                        .is_some_and(|p| *p <= first)
-                    {
-                        log.positions.remove(&dropped.revision);
-                    }
                 }
             }
             log.first + log.events.len() as u64
@@ -235,7 +233,6 @@ impl EventLog {
             let mut log = self.inner.lock();
             log.first += log.events.len() as u64 + 1;
             log.events.clear();
-            log.positions.clear();
             log.floor = log.floor.max(floor);
             log.resets += 1;
             log.first
@@ -249,29 +246,23 @@ impl EventLog {
         log.first + log.events.len() as u64
     }
 
-    /// The position from which a watch goes on that has seen `revision`: right behind the event
-    /// of that revision. Where the log has one order only, nothing is missed; a log that merges
-    /// several sources may order events near `revision` otherwise than the log it was seen in
-    /// (docs/adr/0001).
+    /// The position from which a watch goes on that has seen `revision`. Events up to `revision`
+    /// that another server has shown already may still come, and are to be passed over.
     ///
     /// # Errors
     /// 410 when that is no longer kept.
     pub fn position_after(&self, revision: u64) -> Result<u64, ApiError> {
         let log = self.inner.lock();
-        if let Some(position) = log.positions.get(&revision) {
-            return Ok(*position);
-        }
         if revision < log.floor {
             return Err(ApiError::gone(format!(
                 "resourceVersion {revision} is too old (the oldest kept is {}): list again",
                 log.floor
             )));
         }
-        let newer = log
+        let seen = log
             .events
-            .iter()
-            .position(|event| event.revision > revision);
-        Ok(log.first + newer.unwrap_or(log.events.len()) as u64)
+            .partition_point(|event| event.revision <= revision);
+        Ok(log.first + seen as u64)
     }
 
     /// Up to `limit` events from `position` on.
@@ -285,6 +276,11 @@ impl EventLog {
         let events: Vec<Event> = log.events.iter().skip(from).take(limit).cloned().collect();
         let next = (position + events.len() as u64).min(end.max(position));
         Read::Events(events, next)
+    }
+
+    /// Whether somebody waits for events.
+    pub fn is_watched(&self) -> bool {
+        self.newest.receiver_count() > 0
     }
 
     /// Wakes when events were appended.
@@ -401,6 +397,11 @@ impl MemoryStore {
         }
     }
 
+    /// All events of all kinds.
+    pub const fn log(&self) -> &EventLog {
+        &self.events
+    }
+
     /// The revision of the newest change.
     pub fn revision(&self) -> u64 {
         self.state.lock().revision
@@ -508,7 +509,7 @@ impl Store for MemoryStore {
     async fn list(
         &self,
         kind: &Kind,
-        namespace: Option<&str>,
+        scope: Scope<'_>,
         _freshness: Freshness,
     ) -> Result<Listing, ApiError> {
         let state = self.state.lock();
@@ -517,7 +518,7 @@ impl Store for MemoryStore {
             .get(&(kind.group.clone(), kind.plural.clone()))
             .into_iter()
             .flatten()
-            .filter(|((ns, _), _)| namespace.is_none_or(|wanted| wanted == ns))
+            .filter(|((ns, _), _)| scope.namespace.is_none_or(|wanted| wanted == ns))
             .map(|(_, object)| Arc::clone(object))
             .collect();
         Ok(Listing {
@@ -564,7 +565,7 @@ impl Store for MemoryStore {
         Ok(())
     }
 
-    fn events(&self) -> &EventLog {
+    fn events(&self, _: &Kind, _: Scope<'_>) -> &EventLog {
         &self.events
     }
 }
@@ -588,20 +589,18 @@ mod tests {
     #[test]
     fn a_watch_resumes_exactly_where_it_was_or_is_told_that_it_cannot() {
         let log = EventLog::new(3, 10);
-        log.append([event(11), event(14), event(12)]);
-        // Revisions of several groups do not arrive in order; positions do.
-        let Read::Events(events, _) = log.read(log.position_after(14).unwrap(), 10) else {
-            panic!("gone")
-        };
-        assert_eq!(events.iter().map(|e| e.revision).collect::<Vec<_>>(), [12]);
-        // A revision from another server resumes at the first newer one.
-        let Read::Events(events, _) = log.read(log.position_after(13).unwrap(), 10) else {
-            panic!("gone")
-        };
-        assert_eq!(
-            events.iter().map(|e| e.revision).collect::<Vec<_>>(),
-            [14, 12]
-        );
+        log.append([event(11), event(12), event(14)]);
+        for (seen, later) in [
+            (11, vec![12, 14]),
+            (13, vec![14]),
+            (14, vec![]),
+            (99, vec![]),
+        ] {
+            let Read::Events(events, _) = log.read(log.position_after(seen).unwrap(), 10) else {
+                panic!("gone")
+            };
+            assert_eq!(events.iter().map(|e| e.revision).collect::<Vec<_>>(), later);
+        }
         assert_eq!(log.position_after(9).unwrap_err().code, 410);
         let old = log.position_after(10).unwrap();
         log.append([event(20)]);

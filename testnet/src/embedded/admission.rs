@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use base64::Engine as _;
-use krake_kube_api::store::Freshness;
+use krake_kube_api::store::{Freshness, Scope};
 use krake_kube_api::{Admission, ApiError, Cause, Hold, Kind, MemoryStore, Store};
 use serde_json::{Value, json};
 
@@ -427,7 +427,7 @@ impl Checks {
         }
         let others = self
             .store
-            .list(&self.services, None, Freshness::Latest)
+            .list(&self.services, Scope::default(), Freshness::Latest)
             .await?;
         if text(object, "/spec/clusterIP").is_empty() {
             let taken: BTreeSet<&str> = others

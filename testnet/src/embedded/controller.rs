@@ -67,7 +67,7 @@ impl Controller {
 
     /// Starts from all objects, as at the start or when events were missed.
     fn read_all(&mut self) {
-        self.position = self.store.events().end();
+        self.position = self.store.log().end();
         self.view = View::default();
         for (resource, object) in self.store.all() {
             self.due.insert(key(&resource, &object));
@@ -96,7 +96,7 @@ impl Controller {
     /// Takes in what happened.
     fn follow(&mut self) {
         loop {
-            match self.store.events().read(self.position, EVENTS_AT_ONCE) {
+            match self.store.log().read(self.position, EVENTS_AT_ONCE) {
                 Read::Gone => {
                     debug!("events were missed; everything is looked at again");
                     self.read_all();
@@ -191,7 +191,7 @@ impl Controller {
 
     /// Until the store is dropped.
     pub(crate) async fn run(mut self) {
-        let mut newest = self.store.events().newest();
+        let mut newest = self.store.log().newest();
         let mut steps = 0;
         loop {
             newest.mark_unchanged();

@@ -240,7 +240,7 @@ fn a_watch_whose_revision_is_gone_lists_again_and_repeats_nothing() {
         let quiet = tokio::time::timeout(Duration::from_millis(300), watch.next()).await;
         assert!(quiet.is_err());
         // Everything that is known is void: the server answers with 410.
-        federation.service.store.events().reset(u64::MAX / 2);
+        federation.service.store.log().reset(u64::MAX / 2);
         client.apply(&object("c")).await.unwrap();
         let event = watch.next().await.unwrap();
         assert_eq!(event.kind, WatchEventKind::Added);

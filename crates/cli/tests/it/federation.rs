@@ -180,7 +180,7 @@ impl Federation {
     /// Waits until `check` finds what it looks for.
     pub fn until<T>(&self, mut check: impl FnMut(&Self) -> Option<T>) -> T {
         let begun = std::time::Instant::now();
-        let mut newest = self.service.store.events().newest();
+        let mut newest = self.service.store.log().newest();
         loop {
             if let Some(found) = check(self) {
                 return found;

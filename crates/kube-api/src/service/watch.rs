@@ -12,7 +12,7 @@ use super::query::{Query, include, number, selectors};
 use super::{Service, Target, typed, wants_table};
 use crate::error::ApiError;
 use crate::selector::{FieldSelector, LabelSelector};
-use crate::store::{Event, EventKind, Freshness, Read};
+use crate::store::{Event, EventKind, EventLog, Freshness, Read};
 use crate::table::{self, Include};
 
 /// A watch without a time limit of its own ends after this long; clients start it again.
@@ -30,6 +30,7 @@ impl Service {
         let (labels, fields) = selectors(query)?;
         let from = query.get("resourceVersion");
         let send_initial = query.flag("sendInitialEvents");
+        let scope = target.scope(&fields);
         let mut initial = Vec::new();
         let position;
         let revision;
@@ -39,17 +40,15 @@ impl Service {
             } else {
                 query.freshness()?
             };
-            // The position is taken first: what happens between is seen twice, never missed.
-            position = self.store.events().end();
-            let listing = self
-                .store
-                .list(&target.kind, target.namespace.as_deref(), freshness)
-                .await?;
+            // The position is taken first, so that nothing is missed.
+            position = self.store.events(&target.kind, scope).end();
+            let listing = self.store.list(&target.kind, scope, freshness).await?;
             revision = listing.revision;
             initial = listing.items;
         } else {
             revision = number(from.unwrap_or_default())?;
-            position = self.store.events().position_after(revision)?;
+            let events = self.store.events(&target.kind, scope);
+            position = events.position_after(revision)?;
         }
         let time = query
             .get("timeoutSeconds")
@@ -92,13 +91,8 @@ struct Watch {
 
 impl Watch {
     /// Runs until the client goes, the position is gone or the caller's time limit ends it.
-    async fn run(
-        self,
-        initial: Vec<Arc<Value>>,
-        mark_end: bool,
-        mut revision: u64,
-        mut position: u64,
-    ) {
+    async fn run(self, initial: Vec<Arc<Value>>, mark_end: bool, after: u64, mut position: u64) {
+        let mut revision = after;
         for object in initial {
             if self.selects(&object) && !self.send("ADDED", &object).await {
                 return;
@@ -107,11 +101,11 @@ impl Watch {
         if mark_end && !self.bookmark(revision, true).await {
             return;
         }
-        let mut newest = self.service.store.events().newest();
+        let mut newest = self.events().newest();
         let mut bookmark = tokio::time::interval(BOOKMARK_INTERVAL);
         bookmark.tick().await;
         loop {
-            match self.service.store.events().read(position, 256) {
+            match self.events().read(position, 256) {
                 Read::Gone => {
                     let error = ApiError::gone("the watch fell too far behind: list again");
                     let line = json!({"type": "ERROR", "object": error.to_status()});
@@ -120,7 +114,7 @@ impl Watch {
                 }
                 Read::Events(events, next) => {
                     let more = !events.is_empty();
-                    for event in events {
+                    for event in events.into_iter().filter(|event| event.revision > after) {
                         revision = event.revision;
                         if !self.deliver(&event).await {
                             return;
@@ -142,6 +136,11 @@ impl Watch {
                 () = self.sender.closed() => return,
             }
         }
+    }
+
+    fn events(&self) -> &EventLog {
+        let scope = self.target.scope(&self.fields);
+        self.service.store.events(&self.target.kind, scope)
     }
 
     fn selects_all(&self) -> bool {

@@ -59,9 +59,9 @@ type Key = (String, String);
 
 /// Events of a list from a point on, each once, whatever happens to nodes in between.
 ///
-/// At the same node it goes on from the last revision. At another node, or after 410, it lists
-/// again and reports the difference to what it has reported so far: revisions order the events
-/// of one shard only, so another node may have had them in another order.
+/// It goes on from the last revision, at the same node or at another: they all have the same events
+/// in the same order. After 410 it lists again and reports the difference to what it has reported
+/// so far.
 #[derive(Debug)]
 pub struct Watch {
     client: Client,
@@ -70,8 +70,10 @@ pub struct Watch {
     /// What was reported, with its revision.
     known: BTreeMap<Key, (u64, Value)>,
     revision: String,
-    /// The node that `revision` is good at.
-    server: Option<usize>,
+    /// `revision` is too old to go on from.
+    gone: bool,
+    /// The node that the stream comes from.
+    server: usize,
     stream: Option<Lines>,
     pending: VecDeque<WatchEvent>,
     /// Since when no node serves it.
@@ -172,7 +174,8 @@ impl Client {
             table,
             known: BTreeMap::new(),
             revision: String::new(),
-            server: None,
+            gone: false,
+            server: self.current(),
             stream: None,
             pending: VecDeque::new(),
             lost_since: None,
@@ -180,10 +183,6 @@ impl Client {
         watch.take_list(&listing);
         watch.pending.clear();
         Ok((listing, watch))
-    }
-
-    fn index_of(&self, address: &str) -> Option<usize> {
-        self.addresses().position(|known| known == address)
     }
 }
 
@@ -207,10 +206,10 @@ impl Watch {
 
     /// Reads one line into `pending`, or gives the stream up.
     async fn read(&mut self) -> Result<(), ClientError> {
-        let (Some(lines), Some(index)) = (self.stream.as_mut(), self.server) else {
-            self.stream = None;
+        let Some(lines) = self.stream.as_mut() else {
             return Ok(());
         };
+        let index = self.server;
         let line = match tokio::time::timeout(QUIET, lines.next()).await {
             Err(_) => {
                 if !self.client.server(index).lives().await {
@@ -260,7 +259,7 @@ impl Watch {
                 self.stream = None;
                 let code = object.get("code").and_then(Value::as_u64).unwrap_or(500);
                 if code == 410 {
-                    self.server = None;
+                    self.gone = true;
                     return Ok(());
                 }
                 let code = u16::try_from(code).unwrap_or(500);
@@ -334,10 +333,10 @@ impl Watch {
             there
         });
         self.revision.clone_from(&listing.revision);
-        self.server = self.client.index_of(&listing.address);
+        self.gone = false;
     }
 
-    /// Gets the stream running again, once more at the same node or anew at another.
+    /// Gets the stream running again, at whichever node answers.
     async fn reopen(&mut self) -> Result<(), ClientError> {
         let since = *self.lost_since.get_or_insert_with(Instant::now);
         match self.open().await {
@@ -362,14 +361,12 @@ impl Watch {
     }
 
     async fn open(&mut self) -> Result<(), ClientError> {
-        if self.server.is_none() || self.server != Some(self.client.current()) {
-            self.server = None;
+        if self.gone {
             let listing = self.client.list(&self.path, self.table).await?;
             self.take_list(&listing);
         }
-        let Some(index) = self.server else {
-            return Err(ClientError::NoAddress);
-        };
+        let index = self.client.current();
+        self.server = index;
         let server = self.client.server(index).clone();
         let query = format!(
             "watch=true&allowWatchBookmarks=true&resourceVersion={}",
@@ -407,7 +404,7 @@ impl Watch {
         let served_by = header_text(answer.headers(), "krake-served-by");
         let body = answer.bytes().await.unwrap_or_default();
         match code {
-            410 => self.server = None,
+            410 => self.gone = true,
             429 | 503 => self.client.leave(index),
             _ => {}
         }

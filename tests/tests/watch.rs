@@ -1,0 +1,234 @@
+//! Watches over all shards, in Kubernetes' way: they go on at any node from what another one told,
+//! while nodes are killed and many write.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use krake_tests::{Testnet, wait_for};
+use parking_lot::Mutex;
+use rand::RngExt as _;
+use serde_json::{Value, json};
+use tokio::time::{Instant, timeout, timeout_at};
+
+const SOON: Duration = Duration::from_secs(60);
+const APPS: &str = "/apis/krake.dev/v1/namespaces/default/applications";
+/// Enough that every shard has some.
+const NAMES: usize = 24;
+const WRITERS: usize = 6;
+/// A watch moves to another node after this long, unless its node is killed before.
+const STAY: Duration = Duration::from_millis(700);
+const ROUNDS: usize = 5;
+
+/// Asks the nodes of a testnet.
+struct Nodes {
+    http: reqwest::Client,
+    nodes: Vec<(String, String)>,
+}
+
+impl Nodes {
+    async fn ask(
+        &self,
+        node: usize,
+        request: impl Fn(&str) -> reqwest::RequestBuilder,
+    ) -> Option<Value> {
+        let (api, token) = &self.nodes[node];
+        let request = request(api).bearer_auth(token);
+        let answer = request.timeout(Duration::from_secs(4)).send().await.ok()?;
+        let is_good = answer.status().is_success();
+        answer.json().await.ok().filter(|_| is_good)
+    }
+}
+
+/// The revision of an object or a list.
+fn revision(object: &Value) -> u64 {
+    let text = object["metadata"]["resourceVersion"].as_str().unwrap();
+    text.parse().unwrap()
+}
+
+/// Revisions of acknowledged writes.
+type Committed = Mutex<Vec<u64>>;
+
+async fn write(nodes: Arc<Nodes>, committed: Arc<Committed>, over: Arc<AtomicBool>) {
+    let mut number = 0;
+    while !over.load(Ordering::SeqCst) {
+        number += 1;
+        let (node, name) = {
+            let mut random = rand::rng();
+            let node = random.random_range(0..nodes.nodes.len());
+            (node, random.random_range(0..NAMES))
+        };
+        let patch = json!({"metadata": {"annotations": {"value": number.to_string()}}});
+        let request = |api: &str| {
+            let request = nodes.http.patch(format!("{api}{APPS}/app-{name}"));
+            let kind = "application/merge-patch+json";
+            request.header("content-type", kind).body(patch.to_string())
+        };
+        if let Some(object) = nodes.ask(node, request).await {
+            committed.lock().push(revision(&object));
+        }
+    }
+}
+
+/// What a watch was told.
+#[derive(Default)]
+struct Told {
+    /// Revisions, in the order they came.
+    seen: Vec<u64>,
+    /// Behind the first revision and up to the second the watch had to list instead.
+    listed: Vec<(u64, u64)>,
+    /// Times it went on at another node.
+    moved: usize,
+}
+
+/// Watches until a revision has passed that is told in the end.
+async fn watch(nodes: Arc<Nodes>, end: Arc<Mutex<Option<u64>>>) -> Told {
+    let mut told = Told::default();
+    let mut last = 0;
+    let mut node = 0;
+    let mut list = true;
+    loop {
+        if end.lock().is_some_and(|end| last >= end) {
+            return told;
+        }
+        if list {
+            let all = |api: &str| nodes.http.get(format!("{api}{APPS}"));
+            if let Some(all) = nodes.ask(node, all).await {
+                told.listed.push((last, revision(&all)));
+                last = last.max(revision(&all));
+                list = false;
+            }
+        }
+        if !list {
+            list = follow(&nodes, node, &mut last, &mut told.seen).await;
+            told.moved += usize::from(!list);
+        }
+        node = (node + 1) % nodes.nodes.len();
+    }
+}
+
+/// Follows one node from `last` on for a while; `true`: it says that this is too long ago.
+async fn follow(nodes: &Nodes, node: usize, last: &mut u64, seen: &mut Vec<u64>) -> bool {
+    let (api, token) = &nodes.nodes[node];
+    let url = format!("{api}{APPS}?watch=true&allowWatchBookmarks=true&resourceVersion={last}");
+    let until = Instant::now() + STAY;
+    let opened = timeout_at(until, nodes.http.get(url).bearer_auth(token).send()).await;
+    let Ok(Ok(mut answer)) = opened else {
+        return false;
+    };
+    if answer.status().as_u16() == 410 {
+        return true;
+    }
+    let mut text = Vec::new();
+    while let Ok(Ok(Some(chunk))) = timeout_at(until, answer.chunk()).await {
+        text.extend_from_slice(&chunk);
+        while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = text.drain(..=end).collect();
+            let event: Value = serde_json::from_slice(&line).unwrap();
+            if event["type"] == "ERROR" {
+                return event["object"]["code"] == 410;
+            }
+            let at = revision(&event["object"]);
+            if event["type"] != "BOOKMARK" {
+                seen.push(at);
+            }
+            *last = at;
+        }
+    }
+    false
+}
+
+fn app(name: &str) -> Value {
+    json!({
+        "apiVersion": "krake.dev/v1", "kind": "Application",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"placement": {"require": ["site is nowhere"]}, "source": {"manifests": [
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {}},
+        ]}},
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_that_moves_from_node_to_node_is_told_everything_once_in_order() {
+    let net = Arc::new(Testnet::up(&["--sites", "3"]));
+    for name in 0..NAMES {
+        wait_for("the app is accepted", SOON, || {
+            let applied = net.sites()[0].apply(&app(&format!("app-{name}")));
+            applied.status.success().then_some(())
+        });
+    }
+    let sites = net.sites().iter();
+    let nodes = Arc::new(Nodes {
+        http: reqwest::Client::new(),
+        nodes: sites.map(|site| (site.api.clone(), site.token())).collect(),
+    });
+    let (committed, over) = (Arc::<Committed>::default(), Arc::<AtomicBool>::default());
+    let end = Arc::<Mutex<Option<u64>>>::default();
+    let watches: Vec<_> = (0..2)
+        .map(|_| tokio::spawn(watch(Arc::clone(&nodes), Arc::clone(&end))))
+        .collect();
+    let writers: Vec<_> = (0..WRITERS)
+        .map(|_| {
+            let (nodes, committed) = (Arc::clone(&nodes), Arc::clone(&committed));
+            tokio::spawn(write(nodes, committed, Arc::clone(&over)))
+        })
+        .collect();
+    let faults = Arc::clone(&net);
+    let killed = tokio::task::spawn_blocking(move || {
+        for round in 0..ROUNDS {
+            let victim = &faults.sites()[round % 3].name;
+            // A while without a fault is a part of the load.
+            std::thread::sleep(Duration::from_secs(2));
+            faults.run(&["chaos", "kill", victim, "--node-only"]);
+            faults.run(&["chaos", "restart", victim]);
+        }
+    });
+    killed.await.unwrap();
+    over.store(true, Ordering::SeqCst);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let committed = std::mem::take(&mut *committed.lock());
+    assert!(
+        committed.len() > 500,
+        "too little was written: {}",
+        committed.len()
+    );
+    *end.lock() = committed.iter().max().copied();
+    for watch in watches {
+        let told = timeout(SOON, watch).await.expect("a watch's end").unwrap();
+        check(&told, &committed);
+    }
+}
+
+fn check(told: &Told, committed: &[u64]) {
+    assert!(told.moved > 10, "it moved only {} times", told.moved);
+    let mut places = BTreeMap::new();
+    for (place, revision) in told.seen.iter().enumerate() {
+        let before = places.insert(revision, place);
+        assert_eq!(before, None, "{revision} was told twice");
+    }
+    assert!(told.seen.is_sorted(), "out of order: {:?}", told.seen);
+    let listed = |revision: u64| {
+        told.listed
+            .iter()
+            .any(|(a, b)| *a < revision && revision <= *b)
+    };
+    let watched = committed.iter().filter(|revision| !listed(**revision));
+    let mut count = 0;
+    for revision in watched {
+        count += 1;
+        assert!(
+            places.contains_key(revision),
+            "{revision} was not told; listed: {:?}",
+            told.listed
+        );
+    }
+    assert!(
+        count * 2 > committed.len(),
+        "it listed too often: {:?}",
+        told.listed
+    );
+}

@@ -1,6 +1,11 @@
 //! The node's HTTP: the API in Kubernetes' conventions, `/v1/…`, health and metrics; on loopback
 //! with a token, on the Unix socket by peer credentials.
 
+mod faults;
+mod form;
+mod plan;
+mod tokens;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -16,36 +21,26 @@ use axum::{Json, Router};
 use http::{HeaderValue, StatusCode, header};
 use krake_kube_api::Service;
 use krake_kube_api::serve::{Certificate, serve};
-use krake_model::decision::Trigger;
-use krake_model::{AppKey, ApplicationSpec, GroupId};
-use krake_placement::decide::{Problem, decide};
-use krake_placement::spec::{Defaults, validate};
+use krake_model::GroupId;
+use krake_placement::spec::Defaults;
 use parking_lot::Mutex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::form::{Answer, ProblemJson, body_of, unavailable};
 use crate::backup;
-use crate::catalog::PATIENCE;
 use crate::catalog_api::CatalogApi;
 use crate::config::Config;
 use crate::consensus;
 use crate::datadir::Identity;
-use crate::federation::{Federation, now};
+use crate::federation::Federation;
 use crate::limits::{self, Limits};
 use crate::owner::controller::Owner;
-use crate::owner::plan::{Sight, World};
-use crate::records::{self, PlacementStatus, TokenRecord, TokenState};
+use crate::owner::plan::World;
+use crate::records;
 use crate::site::report::Reporter;
-
-/// A request under `/v1` has at most this many bytes.
-const BODY_BYTES_MAX: usize = 3 * 1024 * 1024;
-/// Applications in one plan.
-const PLAN_MAX: usize = 200;
-/// Tokens live this long when nothing is said, and at most.
-const TOKEN_LIFETIME: u64 = 3600;
-const TOKEN_LIFETIME_MAX: u64 = 30 * 24 * 3600;
 
 /// What the API serves from.
 pub struct ApiParts {
@@ -91,61 +86,6 @@ enum Way {
 #[derive(Debug)]
 pub struct Api {
     stop: CancellationToken,
-}
-
-/// RFC 9457.
-struct ProblemJson {
-    status: StatusCode,
-    code: &'static str,
-    detail: String,
-    errors: Vec<Value>,
-}
-
-impl ProblemJson {
-    fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
-        Self {
-            status,
-            code,
-            detail: detail.into(),
-            errors: Vec::new(),
-        }
-    }
-}
-
-impl IntoResponse for ProblemJson {
-    fn into_response(self) -> Response {
-        let body = json!({
-            "type": format!("https://krake.dev/errors/{}", self.code.trim_start_matches("krake::")),
-            "title": self.status.canonical_reason().unwrap_or("error"),
-            "status": self.status.as_u16(),
-            "code": self.code,
-            "detail": self.detail,
-            "errors": self.errors,
-        });
-        let mut response = (self.status, body.to_string()).into_response();
-        response.headers_mut().insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/problem+json"),
-        );
-        // RFC 9110, 10.2.3.
-        if self.status == StatusCode::SERVICE_UNAVAILABLE
-            || self.status == StatusCode::TOO_MANY_REQUESTS
-        {
-            let seconds = HeaderValue::from_static("1");
-            response.headers_mut().insert(header::RETRY_AFTER, seconds);
-        }
-        response
-    }
-}
-
-type Answer = Result<Json<Value>, ProblemJson>;
-
-fn unavailable(error: impl std::fmt::Display) -> ProblemJson {
-    ProblemJson::new(
-        StatusCode::SERVICE_UNAVAILABLE,
-        "krake::unavailable",
-        error.to_string(),
-    )
 }
 
 impl Api {
@@ -217,10 +157,13 @@ async fn metrics(State(shared): State<Context_>) -> Response {
 fn router(shared: &Context_, way: Way) -> Router {
     let mut protected = Router::new()
         .route("/v1/status", get(status))
-        .route("/v1/plan", post(plan))
-        .route("/v1/why/{namespace}/{app}", get(why))
-        .route("/v1/tokens", get(list_tokens).post(create_token))
-        .route("/v1/tokens/{id}", delete(revoke_token))
+        .route("/v1/plan", post(plan::plan))
+        .route("/v1/why/{namespace}/{app}", get(plan::why))
+        .route(
+            "/v1/tokens",
+            get(tokens::list_tokens).post(tokens::create_token),
+        )
+        .route("/v1/tokens/{id}", delete(tokens::revoke_token))
         .route("/v1/consensus", get(consensus_groups))
         .route("/v1/consensus/peers", get(consensus_peers))
         .route(
@@ -232,8 +175,8 @@ fn router(shared: &Context_, way: Way) -> Router {
         .route("/metrics", get(metrics));
     if way == Way::Socket {
         protected = protected
-            .route("/v1/testnet/block", post(block))
-            .route("/v1/testnet/metric", post(metric));
+            .route("/v1/testnet/block", post(faults::block))
+            .route("/v1/testnet/metric", post(faults::metric));
     }
     let protected = protected
         .fallback(kinds)
@@ -382,12 +325,6 @@ async fn readyz(State(shared): State<Context_>) -> Response {
     }
 }
 
-impl From<consensus::Problem> for ProblemJson {
-    fn from(problem: consensus::Problem) -> Self {
-        Self::new(problem.status, problem.code, problem.detail)
-    }
-}
-
 async fn consensus_groups(State(shared): State<Context_>) -> Answer {
     Ok(Json(consensus::groups(&shared.parts.federation).await?))
 }
@@ -462,304 +399,4 @@ async fn status(State(shared): State<Context_>) -> Answer {
         "sites": sites,
         "groups": groups,
     })))
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PlanRequest {
-    applications: Vec<Value>,
-}
-
-async fn body_of<T: serde::de::DeserializeOwned>(request: Request) -> Result<T, ProblemJson> {
-    let bytes = axum::body::to_bytes(request.into_body(), BODY_BYTES_MAX)
-        .await
-        .map_err(|_| {
-            ProblemJson::new(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "krake::too-large",
-                format!("the body has more than {BODY_BYTES_MAX} bytes"),
-            )
-        })?;
-    let invalid =
-        |message: String| ProblemJson::new(StatusCode::BAD_REQUEST, "krake::invalid-body", message);
-    let value =
-        krake_kube_api::service::body::parse(&bytes).map_err(|error| invalid(error.message))?;
-    serde_json::from_value(value).map_err(|error| invalid(error.to_string()))
-}
-
-async fn plan(State(shared): State<Context_>, request: Request) -> Answer {
-    let request: PlanRequest = body_of(request).await?;
-    if request.applications.len() > PLAN_MAX {
-        return Err(ProblemJson::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "krake::too-large",
-            format!("a plan has at most {PLAN_MAX} applications"),
-        ));
-    }
-    let federation = &shared.parts.federation;
-    let moment = federation.moment();
-    let mut decisions = Vec::new();
-    for (index, object) in request.applications.iter().enumerate() {
-        decisions.push(plan_one(&shared.parts, &moment, index, object)?);
-    }
-    Ok(Json(json!({"decisions": decisions})))
-}
-
-fn plan_one(
-    parts: &ApiParts,
-    moment: &crate::federation::Moment,
-    index: usize,
-    object: &Value,
-) -> Result<Value, ProblemJson> {
-    let text = |pointer: &str, default: &str| {
-        let found = object.pointer(pointer).and_then(Value::as_str);
-        found.unwrap_or(default).to_owned()
-    };
-    let app = AppKey::new(
-        text("/metadata/namespace", "default"),
-        text("/metadata/name", "unnamed"),
-    );
-    let invalid = |errors: Vec<Value>, detail: String| ProblemJson {
-        errors,
-        ..ProblemJson::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "krake::invalid-application",
-            detail,
-        )
-    };
-    let spec = object.get("spec").cloned().unwrap_or_default();
-    let spec: ApplicationSpec = serde_json::from_value(spec)
-        .map_err(|error| invalid(Vec::new(), format!("applications[{index}].spec: {error}")))?;
-    let definitions = &parts.federation.genesis.metrics;
-    let (policy, needs) =
-        validate(&spec, &app.namespace, definitions, &parts.defaults).map_err(|errors| {
-            let list: Vec<Value> = errors
-                .iter()
-                .map(|e| json!({"field": format!("applications[{index}].{}", e.path), "message": e.message}))
-                .collect();
-            let detail = errors
-                .iter()
-                .map(|e| format!("{}: {}", e.path, e.message))
-                .collect::<Vec<_>>()
-                .join("\n");
-            invalid(list, format!("{app}: {detail}"))
-        })?;
-    let sites = moment
-        .sites()
-        .iter()
-        .cloned()
-        .map(|mut site| {
-            site.lost = moment.sight(&site.target.node, policy.detect_after) != Sight::Alive;
-            site
-        })
-        .collect();
-    let catalog = &parts.federation.catalog;
-    let current = catalog
-        .read::<records::AssignRecord>(catalog.group_of(&app), &records::assign_key(&app))
-        .and_then(|(assign, _)| {
-            assign
-                .copy(krake_model::application::CopyRole::Active)
-                .map(|copy| copy.target.clone())
-        });
-    let decision = decide(&Problem {
-        app,
-        uid: None,
-        generation: 0,
-        needs,
-        policy,
-        sites,
-        current,
-        definitions: definitions.clone(),
-        decided_by: parts.federation.site.to_string(),
-        trigger: Trigger::Plan,
-        now: now(),
-        better_since: None,
-    });
-    Ok(json!(decision.record))
-}
-
-async fn why(
-    State(shared): State<Context_>,
-    Path((namespace, app)): Path<(String, String)>,
-) -> Answer {
-    let catalog = &shared.parts.federation.catalog;
-    let key = AppKey::new(namespace, app);
-    let group = catalog.group_of(&key);
-    catalog
-        .host
-        .read_barrier(&[group], PATIENCE)
-        .await
-        .map_err(unavailable)?;
-    let object_key = |plural: &str| records::object_key(plural, &key.namespace, &key.name);
-    let placement = catalog.read::<Value>(group, &object_key("placements"));
-    let status: Option<PlacementStatus> = placement
-        .and_then(|(object, _)| object.get("status").cloned())
-        .and_then(|status| serde_json::from_value(status).ok());
-    match status {
-        Some(status) => Ok(Json(
-            json!({"decision": status.decision, "history": status.history, "copies": status.copies}),
-        )),
-        None if catalog
-            .host
-            .get(group, &object_key("applications"))
-            .is_some() =>
-        {
-            Ok(Json(json!({"decision": null, "history": [], "copies": []})))
-        }
-        None => Err(ProblemJson::new(
-            StatusCode::NOT_FOUND,
-            "krake::not-found",
-            format!("there is no application {key}"),
-        )),
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct TokenRequest {
-    ttl_seconds: Option<u64>,
-    site: Option<String>,
-}
-
-async fn create_token(State(shared): State<Context_>, request: Request) -> Answer {
-    let request: TokenRequest = body_of(request).await?;
-    let seconds = request.ttl_seconds.unwrap_or(TOKEN_LIFETIME);
-    if seconds == 0 || seconds > TOKEN_LIFETIME_MAX {
-        return Err(ProblemJson::new(
-            StatusCode::BAD_REQUEST,
-            "krake::invalid-lifetime",
-            format!("a token lives 1 s to {} days", TOKEN_LIFETIME_MAX / 86_400),
-        ));
-    }
-    let parts = &shared.parts;
-    let lifetime = Duration::from_secs(seconds);
-    let (token, id, expires_at) =
-        crate::membership::door::invite(&parts.federation, &parts.identity, lifetime, request.site)
-            .await
-            .map_err(unavailable)?;
-    Ok(Json(
-        json!({"token": token, "id": id, "expiresAt": expires_at}),
-    ))
-}
-
-async fn list_tokens(State(shared): State<Context_>) -> Answer {
-    let catalog = &shared.parts.federation.catalog;
-    catalog
-        .host
-        .read_barrier(&[GroupId::META], PATIENCE)
-        .await
-        .map_err(unavailable)?;
-    let tokens: Vec<Value> = catalog
-        .read_all::<TokenRecord>(GroupId::META, records::TOKENS)
-        .into_iter()
-        .map(|(key, record, _)| {
-            let mut value = json!(record);
-            value["id"] = key.trim_start_matches(records::TOKENS).into();
-            if record.state == TokenState::Open && record.expires_at < now() {
-                value["state"] = "expired".into();
-            }
-            value
-        })
-        .collect();
-    Ok(Json(json!({"tokens": tokens})))
-}
-
-async fn revoke_token(State(shared): State<Context_>, Path(id): Path<String>) -> Answer {
-    let catalog = &shared.parts.federation.catalog;
-    let key = format!("{}{id}", records::TOKENS);
-    catalog
-        .host
-        .read_barrier(&[GroupId::META], PATIENCE)
-        .await
-        .map_err(unavailable)?;
-    let Some((record, entry)) = catalog.read::<TokenRecord>(GroupId::META, &key) else {
-        return Err(ProblemJson::new(
-            StatusCode::NOT_FOUND,
-            "krake::not-found",
-            format!("there is no token {id}"),
-        ));
-    };
-    if record.state == TokenState::Used {
-        return Err(ProblemJson::new(
-            StatusCode::CONFLICT,
-            "krake::token-used",
-            "the token was used already; its node is a member",
-        ));
-    }
-    let revoked = TokenRecord {
-        state: TokenState::Revoked,
-        ..record
-    };
-    let operation = krake_consensus::Operation::Put {
-        key,
-        value: records::write(&revoked),
-        expect: krake_consensus::Expect::Revision(entry.modified),
-    };
-    let command = krake_consensus::Command::new(vec![operation]);
-    catalog
-        .host
-        .propose(GroupId::META, command, PATIENCE)
-        .await
-        .map_err(unavailable)?;
-    Ok(Json(json!({"id": id, "state": "revoked"})))
-}
-
-fn faults_only(shared: &Shared) -> Result<(), ProblemJson> {
-    if shared.faults {
-        Ok(())
-    } else {
-        Err(ProblemJson::new(
-            StatusCode::FORBIDDEN,
-            "krake::no-faults",
-            "this node does not accept faults (testnet.fault_injection)",
-        ))
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct BlockRequest {
-    /// Names of sites that are not heard and not spoken to; all others are.
-    sites: Vec<String>,
-}
-
-async fn block(State(shared): State<Context_>, request: Request) -> Answer {
-    faults_only(&shared)?;
-    let request: BlockRequest = body_of(request).await?;
-    let federation = &shared.parts.federation;
-    let nodes = federation
-        .catalog
-        .members()
-        .into_iter()
-        .filter(|member| request.sites.contains(&member.site.name))
-        .map(|member| member.node)
-        .collect();
-    federation.network.block(&nodes).await;
-    *shared.blocked.lock() = nodes;
-    Ok(Json(json!({"blocked": request.sites})))
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct MetricRequest {
-    name: String,
-    value: f64,
-}
-
-async fn metric(State(shared): State<Context_>, request: Request) -> Answer {
-    faults_only(&shared)?;
-    let request: MetricRequest = body_of(request).await?;
-    let known = &shared.parts.federation.genesis.metrics;
-    if !known.contains_key(&request.name) {
-        return Err(ProblemJson::new(
-            StatusCode::BAD_REQUEST,
-            "krake::unknown-metric",
-            krake_placement::constraint::unknown_metric(&request.name, known),
-        ));
-    }
-    shared
-        .parts
-        .reporter
-        .set_metric(&request.name, request.value);
-    Ok(Json(json!({"name": request.name, "value": request.value})))
 }

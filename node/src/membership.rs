@@ -1,7 +1,7 @@
 //! Who is a member: what a member has, and following who they are.
 
 pub mod door;
-pub mod join;
+pub mod entry;
 pub mod publish;
 
 use std::collections::BTreeMap;
@@ -25,6 +25,10 @@ use crate::rpc::{Reply, Request};
 
 /// A member that is silent for longer than this may be replaced as a voter.
 const VOTER_SILENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whose silence has come to that.
+const VOTERS_INTERVAL: Duration = Duration::from_secs(5);
+/// How often another member is asked for the members while the catalog here does not tell them.
+const CATCH_UP_INTERVAL: Duration = Duration::from_secs(1);
 /// The replica id of a member that has none: the catalog was restored without it, and what it has
 /// is of another incarnation. It asks for one when it comes back.
 pub const NO_REPLICA: u64 = 0;
@@ -169,8 +173,8 @@ async fn apply_voters(federation: &Federation, members: &[Member]) {
 /// start.
 pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: Membership) {
     let mut batches = federation.catalog.host.watch();
-    let mut care = tokio::time::interval(Duration::from_secs(5));
-    let mut catch_up = tokio::time::interval(Duration::from_secs(1));
+    let mut care = tokio::time::interval(VOTERS_INTERVAL);
+    let mut catch_up = tokio::time::interval(CATCH_UP_INTERVAL);
     catch_up.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut turn = 0;
     let mut cordoned = false;

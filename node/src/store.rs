@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use krake_consensus::{Batch, Command, Entry, Expect, Operation, ProposeError, ReadError};
-use krake_kube_api::store::{modified, revision_of, set_revision};
+use krake_kube_api::store::{modified, set_revision};
 use krake_kube_api::{
     ApiError, Event, EventKind, EventLog, EventObject, Freshness, Kind, Listing, Scope, Store,
 };
@@ -575,9 +575,4 @@ impl Store for CatalogStore {
         self.wanted.notify_one();
         &self.events
     }
-}
-
-/// The revision an API object carries, as the catalog counts.
-pub fn catalog_revision(object: &Value) -> Revision {
-    Revision::from_number(revision_of(object))
 }

@@ -257,6 +257,14 @@ mod tests {
         assert!(stat('T', 1).is_alive());
     }
 
+    async fn until(what: &str, state: impl Fn() -> bool) {
+        let end = tokio::time::Instant::now() + Duration::from_secs(20);
+        while !state() {
+            assert!(tokio::time::Instant::now() < end, "not in time: {what}");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     #[tokio::test]
     async fn a_recycled_pid_is_never_hit() {
         let dir = tempfile::tempdir().unwrap();
@@ -271,9 +279,7 @@ mod tests {
         assert!(!other.signal(Signal::SIGKILL));
         assert!(sleep.is_alive());
         assert!(sleep.signal(Signal::SIGSTOP));
-        while !sleep.is_paused() {
-            tokio::time::sleep(LOOK).await;
-        }
+        until("it is paused", || sleep.is_paused()).await;
         // SIGTERM must work on a stopped process, too.
         assert_eq!(terminate(&[sleep], Duration::from_secs(20)).await, 0);
         assert!(!sleep.is_alive());
@@ -285,9 +291,7 @@ mod tests {
         let log = dir.path().join("log");
         let script = "trap '' TERM; echo ready; while :; do sleep 1; done".to_owned();
         let shell = spawn_detached(Path::new("sh"), &["-c".to_owned(), script], &[], &log).unwrap();
-        while !tail(&log, 1).contains("ready") {
-            tokio::time::sleep(LOOK).await;
-        }
+        until("it says so", || tail(&log, 1).contains("ready")).await;
         assert_eq!(terminate(&[shell], Duration::from_millis(200)).await, 1);
         assert!(!shell.is_alive());
     }

@@ -1,7 +1,7 @@
 //! A running testnet.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,8 @@ use serde_json::Value;
 
 /// How often a state is looked at while it is waited for.
 const LOOK: Duration = Duration::from_millis(50);
+/// How often a program is looked at that should end at once.
+const LOOK_AT_PROGRAM: Duration = Duration::from_millis(10);
 
 /// One site, as `krake-testnet up -o json` describes it.
 #[derive(Debug, Clone, Deserialize)]
@@ -274,7 +276,6 @@ fn kubectl_of(
     input: Option<&Value>,
 ) -> Output {
     use std::io::Write;
-    use std::process::Stdio;
     let mut child = Command::new(program)
         .arg("--kubeconfig")
         .arg(kubeconfig)
@@ -292,6 +293,26 @@ fn kubectl_of(
     }
     drop(pipe);
     child.wait_with_output().expect("kubectl ends")
+}
+
+/// Runs a program that should end by itself; after `limit` it is killed and the test fails.
+pub fn run_within(command: &mut Command, limit: Duration) -> Output {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program can be started");
+    let begun = Instant::now();
+    while child.try_wait().expect("the program's state").is_none() {
+        if begun.elapsed() > limit {
+            child.kill().expect("the program can be killed");
+            let said = text(&child.wait_with_output().expect("the program ends"));
+            panic!("{command:?} does not end. It said:\n{said}");
+        }
+        std::thread::sleep(LOOK_AT_PROGRAM);
+    }
+    child.wait_with_output().expect("the program ends")
 }
 
 /// Looks until `look` finds what is waited for; after `limit` the test fails and says for what.

@@ -5,12 +5,12 @@
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use krake_model::member::SignedInvitation;
 use krake_model::{FederationId, Invitation, NodeId, Timestamp};
-use krake_tests::{Testnet, program};
+use krake_tests::{Testnet, program, run_within};
 use serde_json::{Value, json};
 
 /// No refusal takes longer; a program that then still runs is stopped and the test fails.
@@ -227,24 +227,8 @@ impl From<Output> for Ended {
     }
 }
 
-/// Runs a program that should end by itself.
 fn run(command: &mut Command) -> Ended {
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let begun = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if begun.elapsed() > REFUSED_WITHIN {
-            child.kill().unwrap();
-            let said = Ended::from(child.wait_with_output().unwrap()).said;
-            panic!("{command:?} does not end. It said:\n{said}");
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    child.wait_with_output().unwrap().into()
+    run_within(command, REFUSED_WITHIN).into()
 }
 
 /// The federation all of this is tried on, and a directory for what is tried.

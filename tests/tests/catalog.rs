@@ -188,8 +188,10 @@ async fn refusals(net: &Testnet) {
         let denied = matches!(&error, CatalogError::Denied { status, .. } if *status == 401);
         assert!(denied, "{error}");
     }
-    let plain = site.kubectl(&["get", "--raw", PATH]);
-    assert!(!plain.status.success());
+    let plain = reqwest::Client::new().get(format!("{}{PATH}", site.api));
+    let plain = plain.bearer_auth(site.token()).send().await.unwrap();
+    assert_eq!(plain.status().as_u16(), 426);
+    assert_eq!(plain.headers()["upgrade"], protocol::UPGRADE);
 
     let client = connect(site.catalog_endpoint()).await;
     for key in ["applications/default/shop", "assign/default/shop", "kv/one"] {

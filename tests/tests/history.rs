@@ -317,6 +317,7 @@ async fn one_order_explains_what_clients_saw_while_nodes_were_killed() {
                     if matches!(answer, Some(Answer::Got(_))) {
                         return answer;
                     }
+                    pause().await;
                 }
             };
             let noted = history.note(&key, Asked::Read, read);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use krake_tests::{Site, Testnet, program, wait_for};
+use krake_tests::{Site, Testnet, program, run_within, wait_for};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -30,12 +30,9 @@ fn refused(output: &Output, says: &[&str]) {
 
 /// `krake-node` with the configuration of a site.
 fn node(site: &Site, arguments: &[&str]) -> Output {
-    Command::new(program("krake-node"))
-        .arg("--config")
-        .arg(site.data_dir.parent().unwrap().join("node.toml"))
-        .args(arguments)
-        .output()
-        .unwrap()
+    let config = site.data_dir.parent().unwrap().join("node.toml");
+    let mut program = Command::new(program("krake-node"));
+    run_within(program.arg("--config").arg(config).args(arguments), SOON)
 }
 
 fn catalog(site: &Site) -> PathBuf {

@@ -1,5 +1,9 @@
 //! The cluster as a backend.
 
+mod namespaces;
+mod objects;
+mod observe;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,32 +13,24 @@ use async_trait::async_trait;
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, StreamExt};
 use krake_driver::{Backend, BackendError, Code, Deletion, Inventory, Observed, Phase, Workload};
-use krake_model::{AppKey, AppUid, Epoch};
-use kube::api::{
-    Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
-};
+use krake_model::{AppUid, Epoch};
+use kube::api::{Api, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::ApiResource;
 use parking_lot::Mutex;
-use serde_json::{Value, json};
 use tokio::sync::{OnceCell, broadcast, mpsc};
 use tracing::{debug, info};
 
+use self::objects::{DEFINITION, Fingerprint, brought, reference, taken, waves};
 use crate::cache::{Cache, Noticed};
 use crate::capacity::Capacity;
-use crate::cluster::{CALL_TIME, Cluster, call, call_unless, status_code};
-use crate::ledger::{APP_ANNOTATION, LEDGER_LABEL, Ledger, NAMESPACE_LABEL, ObjectRef, UID_LABEL};
-use crate::readiness;
+use crate::cluster::{Cluster, call, call_unless};
+use crate::ledger::{LEDGER_LABEL, Ledger, ObjectRef};
 
 /// The field manager of everything we apply.
 const MANAGER: &str = "krake";
-/// The kind that brings kinds.
-const DEFINITION: &str = "CustomResourceDefinition";
 /// Objects of one app applied at the same time.
 const AT_ONCE: usize = 8;
-/// A namespace of ours that has been without an app for this long is removed. Kubernetes takes
-/// seconds to remove one, and an app that comes meanwhile has to wait.
-const NAMESPACE_GRACE: Duration = Duration::from_secs(10);
 
 /// How a site uses its cluster.
 #[derive(Debug, Clone)]
@@ -49,22 +45,6 @@ pub struct Config {
     pub cluster_scoped_kinds: Vec<String>,
     /// Kinds that apps may not bring, written alike.
     pub denied_kinds: Vec<String>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Fingerprint {
-    generation: Option<i64>,
-    version: u64,
-}
-
-impl Fingerprint {
-    /// Whether `other` is a later version of the object; where there are generations, a later one.
-    const fn is_before(&self, other: &Self) -> bool {
-        match (self.generation, other.generation) {
-            (Some(own), Some(other)) => own < other,
-            _ => self.version < other.version,
-        }
-    }
 }
 
 #[derive(Debug, Clone)]
@@ -116,19 +96,6 @@ pub struct KubernetesBackend {
 impl std::fmt::Debug for KubernetesBackend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("KubernetesBackend").finish_non_exhaustive()
-    }
-}
-
-fn fingerprint(object: &Value) -> Fingerprint {
-    Fingerprint {
-        generation: object
-            .pointer("/metadata/generation")
-            .and_then(Value::as_i64),
-        version: object
-            .pointer("/metadata/resourceVersion")
-            .and_then(Value::as_str)
-            .and_then(|text| text.parse().ok())
-            .unwrap_or(0),
     }
 }
 
@@ -193,31 +160,6 @@ async fn notice(inner: std::sync::Weak<Inner>, mut receiver: mpsc::Receiver<Noti
 }
 
 impl Inner {
-    fn on_noticed(&self, noticed: &Noticed) {
-        let mut known = self.known.lock();
-        let Some(entry) = known.get_mut(&noticed.uid) else {
-            return;
-        };
-        if entry.applying || entry.deleting || entry.ledger.namespace != noticed.namespace {
-            return;
-        }
-        let is_ledger = noticed.object.name == Ledger::name(noticed.uid);
-        let Some(applied) = entry.applied.get(&noticed.object) else {
-            if is_ledger && noticed.value.is_none() {
-                entry.drifted = true;
-            }
-            return;
-        };
-        match &noticed.value {
-            None => entry.drifted = true,
-            Some(value) => {
-                let changed = applied.is_before(&fingerprint(value));
-                let terminating = value.pointer("/metadata/deletionTimestamp").is_some();
-                entry.drifted |= changed && !terminating;
-            }
-        }
-    }
-
     fn api(&self, resource: &ApiResource, namespace: Option<&str>) -> Api<DynamicObject> {
         match namespace {
             Some(namespace) => {
@@ -225,12 +167,6 @@ impl Inner {
             }
             None => Api::all_with(self.cluster.client.clone(), resource),
         }
-    }
-
-    fn namespace_for(&self, app: &AppKey) -> String {
-        self.config
-            .namespace_template
-            .replace("{namespace}", &app.namespace)
     }
 
     /// Reads the ledgers once, as soon as the cluster answers.
@@ -272,50 +208,6 @@ impl Inner {
         }
     }
 
-    async fn ensure_namespace(&self, name: &str, app: &AppKey) -> Result<(), BackendError> {
-        if self.namespaces.lock().contains(name) {
-            return Ok(());
-        }
-        let (resource, _) = self.cluster.resource("v1", "Namespace").await?;
-        let api = self.api(&resource, None);
-        let what = format!("namespace `{name}`");
-        let found = call(&what, api.get_opt(name)).await?;
-        match found {
-            Some(found) if found.metadata.deletion_timestamp.is_some() => {
-                return Err(BackendError::new(
-                    Code::Busy,
-                    format!("{what} is still being removed"),
-                ));
-            }
-            Some(found) => {
-                let ours = found
-                    .metadata
-                    .labels
-                    .as_ref()
-                    .and_then(|labels| labels.get(NAMESPACE_LABEL))
-                    .is_some_and(|label| *label == app.namespace);
-                if !ours {
-                    return Err(BackendError::new(
-                        Code::Conflict,
-                        format!(
-                            "{what} exists and was not made by Krake for `{}`; the site's operator can rename it or set another backend.namespace_template",
-                            app.namespace
-                        ),
-                    ));
-                }
-            }
-            None => {
-                let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
-                    "name": name,
-                    "labels": {NAMESPACE_LABEL: app.namespace, "app.kubernetes.io/managed-by": "krake"}}});
-                let params = PatchParams::apply(MANAGER).force();
-                call(&what, api.patch(name, &params, &Patch::Apply(&object))).await?;
-            }
-        }
-        self.namespaces.lock().insert(name.to_owned());
-        Ok(())
-    }
-
     async fn write_ledger(&self, ledger: &Ledger, new: bool) -> Result<(), BackendError> {
         let what = "writing the ledger";
         let (resource, _) = self.cluster.resource("v1", "ConfigMap").await?;
@@ -336,262 +228,6 @@ impl Inner {
         let name = Ledger::name(ledger.uid);
         call(what, api.patch(&name, &params, &Patch::Apply(&object))).await?;
         Ok(())
-    }
-
-    /// Refuses to touch what belongs to somebody else.
-    async fn check_owner(
-        &self,
-        workload: &Workload,
-        object: &ObjectRef,
-        namespace: &str,
-    ) -> Result<(), BackendError> {
-        let found = self
-            .cluster
-            .resource(&object.api_version, &object.kind)
-            .await;
-        let (resource, namespaced) = match found {
-            // Without the kind there is nobody's object.
-            Err(error)
-                if error.code == Code::Unsupported && brought(workload, object).is_some() =>
-            {
-                return Ok(());
-            }
-            found => found?,
-        };
-        let api = self.api(&resource, namespaced.then_some(namespace));
-        // Not from the API server's cache: an object that is not in it yet may be there, and would
-        // be taken over.
-        let what = object.to_string();
-        let found = call_unless(404, &what, api.get(&object.name)).await?;
-        let Some(found) = found else {
-            return Ok(());
-        };
-        let label = found
-            .metadata
-            .labels
-            .as_ref()
-            .and_then(|labels| labels.get(UID_LABEL));
-        match label {
-            Some(uid) if *uid == workload.uid.to_string() => {
-                if found.metadata.deletion_timestamp.is_some() {
-                    return Err(BackendError::new(
-                        Code::Busy,
-                        format!("{object} is still being removed"),
-                    ));
-                }
-                Ok(())
-            }
-            Some(uid) => {
-                let other = found
-                    .metadata
-                    .annotations
-                    .as_ref()
-                    .and_then(|annotations| annotations.get(APP_ANNOTATION))
-                    .unwrap_or(uid);
-                Err(taken(object, other))
-            }
-            None => Err(BackendError::new(
-                Code::Conflict,
-                format!(
-                    "{object} exists in {namespace} and was not made by Krake; rename or remove it"
-                ),
-            )),
-        }
-    }
-
-    fn admit_kind(&self, object: &ObjectRef, namespaced: bool) -> Result<(), BackendError> {
-        let name = match object.api_version.split_once('/') {
-            Some((group, _)) => format!("{group}/{}", object.kind),
-            None => object.kind.clone(),
-        };
-        let reason = if self.config.denied_kinds.contains(&name) {
-            format!("this site does not admit {name}")
-        } else if !namespaced && !self.config.cluster_scoped_kinds.contains(&name) {
-            format!("{object} belongs to the whole cluster, which this site does not admit")
-        } else {
-            return Ok(());
-        };
-        Err(BackendError::new(Code::Forbidden, reason))
-    }
-
-    async fn apply_one(
-        &self,
-        workload: &Workload,
-        manifest: &Value,
-        namespace: &str,
-    ) -> Result<(ObjectRef, Fingerprint), BackendError> {
-        let object = reference(manifest)?;
-        let (resource, namespaced) = self
-            .cluster
-            .resource(&object.api_version, &object.kind)
-            .await
-            .map_err(|error| match brought(workload, &object) {
-                Some(_) if error.code == Code::Unsupported => BackendError::new(
-                    Code::Busy,
-                    format!("{object}: its definition is applied but not served yet"),
-                ),
-                _ => error,
-            })?;
-        self.admit_kind(&object, namespaced)?;
-        let mut manifest = manifest.clone();
-        let metadata = &mut manifest["metadata"];
-        if namespaced {
-            metadata["namespace"] = namespace.into();
-        }
-        for (kind, key, value) in [
-            ("labels", UID_LABEL, workload.uid.to_string()),
-            ("annotations", APP_ANNOTATION, workload.app.to_string()),
-        ] {
-            if !metadata.get(kind).is_some_and(Value::is_object) {
-                metadata[kind] = json!({});
-            }
-            metadata[kind][key] = value.into();
-        }
-        self.cache.watch(&self.cluster.client, &resource);
-        let api = self.api(&resource, namespaced.then_some(namespace));
-        let params = PatchParams::apply(MANAGER).force();
-        let applied = call(
-            &object.to_string(),
-            api.patch(&object.name, &params, &Patch::Apply(&manifest)),
-        )
-        .await?;
-        let applied = serde_json::to_value(&applied).unwrap_or_default();
-        Ok((object, fingerprint(&applied)))
-    }
-
-    /// Removes one object if it is ours; `true` when it is gone.
-    async fn remove_one(
-        &self,
-        uid: AppUid,
-        object: &ObjectRef,
-        namespace: &str,
-    ) -> Result<bool, BackendError> {
-        let resource = self
-            .cluster
-            .resource(&object.api_version, &object.kind)
-            .await;
-        let (resource, namespaced) = match resource {
-            Ok(found) => found,
-            // Without the kind there are no objects of it.
-            Err(error) if error.code == Code::Unsupported => return Ok(true),
-            Err(error) => return Err(error),
-        };
-        let api = self.api(&resource, namespaced.then_some(namespace));
-        let what = format!("removing {object}");
-        let found = match tokio::time::timeout(CALL_TIME, api.get_opt(&object.name)).await {
-            // Not the object but its kind is not there any more; the next call looks.
-            Ok(Err(error)) if status_code(&error) == Some(404) => {
-                self.cluster.forget(&object.api_version, &object.kind);
-                return Ok(false);
-            }
-            Ok(found) => call(&what, std::future::ready(found)).await?,
-            Err(_) => return Ok(false),
-        };
-        let Some(found) = found else {
-            return Ok(true);
-        };
-        let ours = found
-            .metadata
-            .labels
-            .as_ref()
-            .and_then(|labels| labels.get(UID_LABEL))
-            .is_some_and(|label| *label == uid.to_string());
-        if !ours {
-            return Ok(true);
-        }
-        if found.metadata.deletion_timestamp.is_some() {
-            return Ok(false);
-        }
-        let params = DeleteParams {
-            preconditions: Some(Preconditions {
-                uid: found.metadata.uid.clone(),
-                resource_version: None,
-            }),
-            ..DeleteParams::background()
-        };
-        match tokio::time::timeout(CALL_TIME, api.delete(&object.name, &params)).await {
-            Ok(Ok(either::Either::Right(_))) => Ok(true),
-            Ok(Ok(either::Either::Left(_))) => Ok(false),
-            Ok(Err(error)) if status_code(&error) == Some(404) => Ok(true),
-            Ok(Err(error)) if status_code(&error) == Some(409) => Ok(false),
-            Ok(Err(error)) => call(&what, std::future::ready(Err(error))).await,
-            Err(_) => Ok(false),
-        }
-    }
-
-    fn observe_known(&self, known: &Known) -> Observed {
-        let ledger = &known.ledger;
-        let (mut ready, mut wanted, mut all, mut broken) = (0_u32, 0_u32, true, false);
-        let mut message = None;
-        let mut have_pods = false;
-        let mut plain = (0_u32, 0_u32);
-        for object in &ledger.objects {
-            let mut namespace = ledger.namespace.as_str();
-            let mut found = self.cache.get(ledger.uid, object, namespace);
-            if found.is_none() {
-                namespace = "";
-                found = self.cache.get(ledger.uid, object, namespace);
-            }
-            // What the watch still shows of the version before says nothing about this one.
-            let applied = known.applied.get(object);
-            let is_old = found
-                .as_ref()
-                .zip(applied)
-                .is_some_and(|(value, applied)| fingerprint(value).is_before(applied));
-            let Some(value) = found.filter(|_| !is_old) else {
-                plain.1 += 1;
-                all = false;
-                message.get_or_insert_with(|| {
-                    if !is_old && self.cache.is_synced(&object.api_version, &object.kind) {
-                        format!("{object} is not there yet")
-                    } else {
-                        format!("{object} is not observed yet")
-                    }
-                });
-                continue;
-            };
-            let health = readiness::judge(&object.api_version, &object.kind, &value);
-            let pods = matches!(
-                object.kind.as_str(),
-                "Deployment" | "StatefulSet" | "DaemonSet" | "ReplicaSet" | "Pod" | "Job"
-            );
-            if pods {
-                have_pods = true;
-                ready += health.ready;
-                wanted += health.wanted;
-            } else {
-                plain.0 += u32::from(health.is_ready());
-                plain.1 += 1;
-            }
-            if !health.is_ready() {
-                all = false;
-                broken |= health.broken;
-                message.get_or_insert_with(|| {
-                    format!("{object}: {}", health.message.unwrap_or_default())
-                });
-            }
-        }
-        if !have_pods {
-            (ready, wanted) = plain;
-        }
-        let phase = if all {
-            Phase::Ready
-        } else if broken || known.was_ready {
-            Phase::Degraded
-        } else {
-            Phase::Progressing
-        };
-        Observed {
-            uid: ledger.uid,
-            app: ledger.app.clone(),
-            epoch: ledger.epoch,
-            phase,
-            ready,
-            wanted,
-            namespace: ledger.namespace.clone(),
-            message,
-            drifted: known.drifted,
-        }
     }
 
     /// Notes in memory that an app is being applied, unless another one has what it brings: two
@@ -729,72 +365,11 @@ struct Begun {
     unnoted: Option<Ledger>,
 }
 
-fn taken(object: &ObjectRef, other: &str) -> BackendError {
-    BackendError::new(
-        Code::Conflict,
-        format!("{object} belongs to application {other}; rename one of the two"),
-    )
-}
-
 fn outdated(newest: Epoch, asked: Epoch) -> BackendError {
     BackendError::new(
         Code::Outdated,
         format!("a newer assignment is known here ({newest}, not {asked})"),
     )
-}
-
-fn reference(manifest: &Value) -> Result<ObjectRef, BackendError> {
-    ObjectRef::of(manifest).ok_or_else(|| {
-        BackendError::new(
-            Code::Invalid,
-            "a manifest has no apiVersion, kind or metadata.name",
-        )
-    })
-}
-
-/// Whether a definition in the same app brings this object's kind, and if so, whether its objects
-/// are in namespaces.
-fn brought(workload: &Workload, object: &ObjectRef) -> Option<bool> {
-    let text = |manifest: &Value, pointer: &str| {
-        manifest
-            .pointer(pointer)
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned()
-    };
-    let group = object.api_version.split_once('/')?.0;
-    workload
-        .components
-        .iter()
-        .find(|manifest| {
-            text(manifest, "/kind") == DEFINITION
-                && text(manifest, "/spec/group") == group
-                && text(manifest, "/spec/names/kind") == object.kind
-        })
-        .map(|definition| text(definition, "/spec/scope") == "Namespaced")
-}
-
-/// What others need comes first: definitions, then what pods mount and run as, then the rest.
-fn waves(components: &[Value]) -> Vec<Vec<&Value>> {
-    let rank = |manifest: &Value| match manifest.get("kind").and_then(Value::as_str) {
-        Some(DEFINITION) => 0,
-        Some(
-            "ServiceAccount"
-            | "ConfigMap"
-            | "Secret"
-            | "PersistentVolumeClaim"
-            | "Role"
-            | "RoleBinding"
-            | "ResourceQuota"
-            | "LimitRange",
-        ) => 1,
-        _ => 2,
-    };
-    let mut waves: BTreeMap<u8, Vec<&Value>> = BTreeMap::new();
-    for manifest in components {
-        waves.entry(rank(manifest)).or_default().push(manifest);
-    }
-    waves.into_values().collect()
 }
 
 #[async_trait]
@@ -1001,42 +576,8 @@ impl Backend for KubernetesBackend {
     }
 
     async fn tidy(&self) -> Result<(), BackendError> {
-        let inner = &self.inner;
-        inner.load().await?;
-        let (resource, _) = inner.cluster.resource("v1", "Namespace").await?;
-        let api = inner.api(&resource, None);
-        let params = ListParams::default().labels(NAMESPACE_LABEL);
-        let list = call("reading the namespaces", api.list(&params)).await?;
-        for namespace in list.items {
-            let Some(name) = namespace.metadata.name.clone() else {
-                continue;
-            };
-            let used = inner
-                .known
-                .lock()
-                .values()
-                .any(|known| known.ledger.namespace == name);
-            {
-                let mut empty_since = inner.empty_since.lock();
-                if used || namespace.metadata.deletion_timestamp.is_some() {
-                    empty_since.remove(&name);
-                    continue;
-                }
-                let since = *empty_since.entry(name.clone()).or_insert_with(Instant::now);
-                if since.elapsed() < NAMESPACE_GRACE {
-                    continue;
-                }
-                empty_since.remove(&name);
-            }
-            inner.namespaces.lock().remove(&name);
-            call(
-                &format!("removing namespace `{name}`"),
-                api.delete(&name, &DeleteParams::background()),
-            )
-            .await?;
-            info!(name, "an empty namespace was removed");
-        }
-        Ok(())
+        self.inner.load().await?;
+        self.inner.remove_empty_namespaces().await
     }
 
     fn changes(&self) -> broadcast::Receiver<AppUid> {

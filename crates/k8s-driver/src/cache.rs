@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
 use krake_model::AppUid;
@@ -14,6 +13,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tracing::debug;
 
+use crate::cluster::{WATCH_PAUSE, WATCH_PAUSE_MAX, WATCH_SECONDS};
 use crate::ledger::{ObjectRef, UID_LABEL};
 
 /// Something happened to a labelled object.
@@ -88,9 +88,11 @@ impl Cache {
         let cache = Arc::downgrade(self);
         let resource = resource.clone();
         tokio::spawn(async move {
-            let config = watcher::Config::default().labels(UID_LABEL).timeout(280);
+            let config = watcher::Config::default()
+                .labels(UID_LABEL)
+                .timeout(WATCH_SECONDS);
             let mut events = watcher::watcher(api, config).boxed();
-            let mut pause = Duration::from_millis(200);
+            let mut pause = WATCH_PAUSE;
             let mut listing: Option<BTreeSet<Key>> = None;
             loop {
                 let event = events.try_next().await;
@@ -99,7 +101,7 @@ impl Cache {
                 };
                 match event {
                     Ok(Some(event)) => {
-                        pause = Duration::from_millis(200);
+                        pause = WATCH_PAUSE;
                         cache.take(&resource, event, &mut listing).await;
                     }
                     Ok(None) => return,
@@ -107,7 +109,7 @@ impl Cache {
                         debug!(kind = resource.kind, %error, "a watch broke and starts anew");
                         drop(cache);
                         tokio::time::sleep(pause).await;
-                        pause = (pause * 2).min(Duration::from_secs(10));
+                        pause = (pause * 2).min(WATCH_PAUSE_MAX);
                     }
                 }
             }

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -17,11 +16,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tracing::debug;
 
-use crate::cluster::CALL_TIME;
-
-/// Pause before a broken watch starts anew; doubles up to the second.
-const PAUSE: Duration = Duration::from_millis(200);
-const PAUSE_MAX: Duration = Duration::from_secs(10);
+use crate::cluster::{CALL_TIME, WATCH_PAUSE, WATCH_PAUSE_MAX, WATCH_SECONDS};
 
 /// What nodes offer or what pods take, by namespace and name.
 #[derive(Debug, Default)]
@@ -135,9 +130,9 @@ async fn follow(
     part: fn(&mut State) -> &mut Part,
     weigh: fn(&Value) -> Option<Resources>,
 ) {
-    let config = watcher::Config::default().timeout(280);
+    let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let mut events = watcher::watcher(api, config).boxed();
-    let mut pause = PAUSE;
+    let mut pause = WATCH_PAUSE;
     loop {
         let event = events.try_next().await;
         let Some(capacity) = capacity.upgrade() else {
@@ -145,7 +140,7 @@ async fn follow(
         };
         match event {
             Ok(Some(event)) => {
-                pause = PAUSE;
+                pause = WATCH_PAUSE;
                 capacity
                     .state
                     .send_modify(|state| part(state).take(event, weigh));
@@ -158,7 +153,7 @@ async fn follow(
                     .send_modify(|state| state.failure = Some(error.to_string()));
                 drop(capacity);
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSE_MAX);
+                pause = (pause * 2).min(WATCH_PAUSE_MAX);
             }
         }
     }

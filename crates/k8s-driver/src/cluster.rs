@@ -14,6 +14,11 @@ use tracing::debug;
 
 /// One call may take this long.
 pub(crate) const CALL_TIME: Duration = Duration::from_secs(10);
+/// A watch ends after this many seconds and is asked for again.
+pub(crate) const WATCH_SECONDS: u32 = 280;
+/// Pause before a broken watch starts anew; doubles up to the second.
+pub(crate) const WATCH_PAUSE: Duration = Duration::from_millis(200);
+pub(crate) const WATCH_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How long the list of kinds is taken as it was.
 const KINDS_AGE: Duration = Duration::from_secs(15);
 /// A kind that is not known is looked up anew no more often than this.

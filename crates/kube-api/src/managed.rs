@@ -566,7 +566,11 @@ mod tests {
             &writer("one"),
             false,
         );
-        assert!(error.is_err());
+        let message = error.unwrap_err().message;
+        assert!(
+            message.contains("conflict with \"edit\": .spec.a"),
+            "{message}"
+        );
         let read = read_entries(&edited);
         assert_eq!(read.len(), 2);
         assert_eq!(Fields::from_json(&read[0].fields.to_json()), read[0].fields);

@@ -27,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 const HANDSHAKES_MAX: usize = 512;
 /// How long they may take.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// Before another connection is taken when one could not be.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// First byte of a TLS connection.
 const TLS_HANDSHAKE: u8 = 0x16;
 
@@ -171,7 +173,7 @@ async fn accept(
                 Err(error) => {
                     // Out of file descriptors: others must end before more can come.
                     tracing::warn!(%error, "a connection could not be taken");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             },

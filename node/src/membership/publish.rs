@@ -16,6 +16,9 @@ use crate::federation::Federation;
 use crate::records;
 use crate::site::agent::Agent;
 
+/// Before it is tried again.
+const PAUSE: Duration = Duration::from_secs(1);
+
 /// Keeps what the catalog says of this node in line with its configuration and with the API kinds
 /// that its backends serve, until the program ends.
 pub async fn publish_own(federation: Federation, config: Config, agent: Agent) {
@@ -38,7 +41,7 @@ pub async fn publish_own(federation: Federation, config: Config, agent: Agent) {
                 }
             }
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(PAUSE).await;
     }
 }
 

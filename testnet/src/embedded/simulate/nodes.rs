@@ -82,6 +82,7 @@ mod tests {
         assert_eq!(sum("cpu", |t| parse_quantity_millis(t).unwrap()), 16_000);
         assert_eq!(sum("memory", |t| parse_quantity(t).unwrap()), 64 << 30);
         assert_eq!(sum("pods", |t| parse_quantity(t).unwrap()), 441);
-        assert!(super::nodes("s", "many", "1", 1, "t").is_err());
+        let error = super::nodes("s", "many", "1", 1, "t").unwrap_err();
+        assert_eq!(error.to_string(), "--cpu many is not a quantity");
     }
 }

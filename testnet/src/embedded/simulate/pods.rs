@@ -536,10 +536,11 @@ mod tests {
             node["spec"]["taints"] = json!([{"key": "a", "value": "b", "effect": "NoSchedule"}]);
         });
         let plain = json!({"spec": {"containers": []}});
-        assert!(place(&world.view, &plain).is_err());
+        let refused = |pod| place(&world.view, pod).unwrap_err();
+        assert!(refused(&plain).contains("had untolerated taint"));
         let tolerant = json!({"spec": {"containers": [], "tolerations": [{"key": "a", "operator": "Exists"}]}});
         assert_eq!(place(&world.view, &tolerant), Ok("t-1".to_owned()));
         let choosy = json!({"spec": {"containers": [], "nodeSelector": {"x": "y"}, "tolerations": [{"operator": "Exists"}]}});
-        assert!(place(&world.view, &choosy).is_err());
+        assert!(refused(&choosy).contains("didn't match Pod's node affinity/selector"));
     }
 }

@@ -39,23 +39,40 @@ enum ConfigurationChange {
     /// Several at once: they have no part in any majority.
     AddLearners(Vec<u64>),
     Remove(u64),
+    /// The first votes instead of the second, by way of a joint configuration.
+    Replace(u64, u64),
 }
 
 impl ConfigurationChange {
-    fn to_raft(&self) -> Vec<pb::ConfChange> {
-        let (kind, ids) = match self {
-            Self::AddVoter(id) => (pb::ConfChangeType::AddNode, vec![*id]),
-            Self::AddLearners(ids) => (pb::ConfChangeType::AddLearnerNode, ids.clone()),
-            Self::Remove(id) => (pb::ConfChangeType::RemoveNode, vec![*id]),
+    fn steps(&self) -> Vec<(pb::ConfChangeType, u64)> {
+        use pb::ConfChangeType as T;
+        match self {
+            Self::AddVoter(id) => vec![(T::AddNode, *id)],
+            Self::AddLearners(ids) => ids.iter().map(|id| (T::AddLearnerNode, *id)).collect(),
+            Self::Remove(id) => vec![(T::RemoveNode, *id)],
+            Self::Replace(by, old) => vec![(T::AddNode, *by), (T::AddLearnerNode, *old)],
+        }
+    }
+
+    /// What the library is told, one after another. It leaves a joint configuration by itself.
+    fn to_raft(&self) -> Vec<pb::ConfChangeV2> {
+        let single = |(kind, id)| {
+            let mut single = pb::ConfChangeSingle::default();
+            single.set_change_type(kind);
+            single.node_id = id;
+            single
         };
-        ids.into_iter()
-            .map(|id| {
-                let mut change = pb::ConfChange::default();
-                change.set_change_type(kind);
-                change.node_id = id;
-                change
-            })
-            .collect()
+        let change = |singles: Vec<pb::ConfChangeSingle>| {
+            let mut change = pb::ConfChangeV2::default();
+            change.set_changes(singles.into());
+            change
+        };
+        let singles = self.steps().into_iter().map(single);
+        if matches!(self, Self::Replace(..)) {
+            vec![change(singles.collect())]
+        } else {
+            singles.map(|single| change(vec![single])).collect()
+        }
     }
 }
 
@@ -956,6 +973,13 @@ impl Group {
         self.reconcile = true;
         self.settled = false;
         self.configuration_number += 1;
+        if entry.context.is_empty() && entry.data.is_empty() {
+            // The library's own: the joint configuration is left.
+            if let Err(error) = self.raw.apply_conf_change(&pb::ConfChangeV2::default()) {
+                error!(group = %self.id, index = entry.index, %error, "a joint configuration could not be left");
+            }
+            return;
+        }
         let change: ConfigurationChange = match krake_model::codec::decode(
             CHANGE_VERSION,
             &entry.context,
@@ -974,6 +998,12 @@ impl Group {
         }
     }
 
+    /// Two sets of voters decide together until the change from one to the other is done.
+    fn is_joint(&self) -> bool {
+        let state = self.raw.raft.prs().conf().to_conf_state();
+        !state.voters_outgoing.is_empty()
+    }
+
     fn configuration(&self) -> Configuration {
         Configuration::from_raft(&self.raw.raft.prs().conf().to_conf_state())
     }
@@ -983,6 +1013,10 @@ impl Group {
         let log = self.raw.store();
         if planted::has(Bug::SnapshotAheadOfItself) {
             applied = log.last().min(applied + 1);
+        }
+        // A snapshot has one set of voters.
+        if self.is_joint() {
+            return;
         }
         let since = applied.saturating_sub(log.snapshot_index());
         let long = since >= settings.compact_entries
@@ -1020,6 +1054,18 @@ impl Group {
         if !self.leads() || members.is_empty() || self.raw.raft.has_pending_conf() {
             return;
         }
+        if self.is_joint() {
+            // The library does this when it applies the change, but not for a leader that has
+            // applied it before it was elected.
+            if let Err(error) = self
+                .raw
+                .propose_conf_change(Vec::new(), pb::ConfChangeV2::default())
+            {
+                tracing::debug!(group = %self.id, %error, "a joint configuration is not left yet");
+            }
+            self.dirty = true;
+            return;
+        }
         let (voters, learners) = (self.voters(), self.learners());
         let desired = voters::desired_voters(self.id, members, &voters);
         self.settled = voters == desired
@@ -1038,18 +1084,21 @@ impl Group {
             })
             .copied()
             .collect();
-        let step = voters::next_step(members, &voters, &learners, &desired, &caught_up);
+        let step = voters::next_step(members, &voters, &learners, &desired, &caught_up, own);
         let change = match step {
             None => return,
             Some(Step::AddLearners(ids)) => ConfigurationChange::AddLearners(ids),
             Some(Step::Promote(id)) => ConfigurationChange::AddVoter(id),
-            Some(Step::Demote(id) | Step::Remove(id)) if id == own => {
+            Some(Step::Demote(id) | Step::Remove(id) | Step::Replace { old: id, .. })
+                if id == own =>
+            {
                 if let Some(next) = desired.iter().find(|id| **id != own && voters.contains(id)) {
                     self.rouse();
                     self.raw.transfer_leader(*next);
                 }
                 return;
             }
+            Some(Step::Replace { by, old }) => ConfigurationChange::Replace(by, old),
             Some(Step::Demote(id)) => ConfigurationChange::AddLearners(vec![id]),
             Some(Step::Remove(id)) => ConfigurationChange::Remove(id),
         };

@@ -110,27 +110,39 @@ fn weight(group: GroupId, node: NodeId) -> u64 {
 /// Learners added in one step at most.
 const LEARNERS_AT_ONCE: usize = 256;
 
-/// One step from `current` voters to `desired`; a group changes one voter at a time.
+/// One step from the voters there are to those there should be; a group changes or moves one voter
+/// at a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
     /// Makes replicas that do not vote yet.
     AddLearners(Vec<u64>),
     /// A learner that has the log starts to vote.
     Promote(u64),
+    /// The same, while another one stops to vote: with a majority of both sets of voters as long as
+    /// it takes (joint consensus, Ongaro and Ousterhout 2014, §6), so that at no moment fewer
+    /// failures are survived than before.
+    Replace {
+        /// Starts to vote.
+        by: u64,
+        /// Stops to vote, but keeps the state.
+        old: u64,
+    },
     /// A voter stops to vote, but keeps the state.
     Demote(u64),
     /// A replica whose member left.
     Remove(u64),
 }
 
-/// The next step, if any: first everyone gets a replica, then voters are added before others are
-/// taken away. `caught_up` are learners with (nearly) the whole log.
+/// The next step, if any: first everyone gets a replica, then voters are replaced, then added, then
+/// taken away. Of several that may be replaced those go first that are away or no members, and
+/// `own`, which decides this, last. `caught_up` are learners with (nearly) the whole log.
 pub(crate) fn next_step(
     members: &BTreeMap<u64, MemberInfo>,
     voters: &BTreeSet<u64>,
     learners: &BTreeSet<u64>,
     desired: &BTreeSet<u64>,
     caught_up: &BTreeSet<u64>,
+    own: u64,
 ) -> Option<Step> {
     let missing: Vec<u64> = members
         .keys()
@@ -144,8 +156,14 @@ pub(crate) fn next_step(
     let promote = desired
         .iter()
         .find(|id| !voters.contains(id) && caught_up.contains(id) && members[id].alive);
-    if let Some(id) = promote {
-        return Some(Step::Promote(*id));
+    if let Some(by) = promote.copied() {
+        let alive = |id: &u64| members.get(id).is_some_and(|member| member.alive);
+        let surplus = voters.iter().filter(|id| !desired.contains(id));
+        let old = surplus.min_by_key(|id| (**id == own, alive(id)));
+        return Some(match old.copied() {
+            Some(old) if voters.len() >= desired.len() => Step::Replace { by, old },
+            _ => Step::Promote(by),
+        });
     }
     let gone = |id: &&u64| !members.contains_key(id);
     if let Some(id) = learners.iter().find(gone) {
@@ -245,7 +263,7 @@ mod tests {
         loop {
             let desired = desired_voters(GroupId::META, &members, &voters);
             let all: BTreeSet<u64> = learners.clone();
-            let Some(step) = next_step(&members, &voters, &learners, &desired, &all) else {
+            let Some(step) = next_step(&members, &voters, &learners, &desired, &all, 1) else {
                 break;
             };
             match step {
@@ -254,6 +272,7 @@ mod tests {
                     learners.remove(&id);
                     voters.insert(id);
                 }
+                Step::Replace { .. } => panic!("there are too few"),
                 Step::Demote(id) => {
                     voters.remove(&id);
                     learners.insert(id);
@@ -268,5 +287,23 @@ mod tests {
         }
         assert_eq!(voters.len(), 5);
         assert!(learners.is_empty());
+    }
+
+    #[test]
+    fn a_voter_that_is_away_is_replaced_in_one_step_by_one_that_has_caught_up() {
+        let mut members = members(7);
+        let voters: BTreeSet<u64> = (1..=5).collect();
+        let learners = BTreeSet::from([6, 7]);
+        members.get_mut(&4).unwrap().alive = false;
+        members.remove(&5);
+        let desired = desired_voters(GroupId::META, &members, &voters);
+        assert_eq!(desired, BTreeSet::from([1, 2, 3, 6, 7]));
+        let step = |caught_up: &[u64], own| {
+            let caught_up = caught_up.iter().copied().collect();
+            next_step(&members, &voters, &learners, &desired, &caught_up, own)
+        };
+        assert_eq!(step(&[], 1), None, "nobody can take their place yet");
+        assert_eq!(step(&[7], 1), Some(Step::Replace { by: 7, old: 4 }));
+        assert_eq!(step(&[6, 7], 4), Some(Step::Replace { by: 6, old: 5 }));
     }
 }

@@ -23,13 +23,12 @@ pub struct Listing {
     pub columns: Vec<Value>,
     /// The objects or rows.
     pub items: Vec<Value>,
-    /// A watch from here misses nothing at the same node.
+    /// A watch from here misses nothing, at any node.
     pub revision: String,
     /// The whole answer.
     pub raw: Value,
     /// The site of the node that answered.
     pub served_by: Option<String>,
-    address: String,
 }
 
 /// What happened to an object.
@@ -142,7 +141,6 @@ fn listing(response: &Response) -> Result<Listing, ClientError> {
         revision: revision_text(&raw),
         raw,
         served_by: response.served_by.clone(),
-        address: response.address.clone(),
     })
 }
 

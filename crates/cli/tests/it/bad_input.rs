@@ -261,11 +261,7 @@ fn each_bad_manifest_is_refused_with_its_place_and_changes_nothing() {
             "{name}: {:?}",
             begun.elapsed()
         );
-        assert_eq!(
-            federation.service.store.log().end(),
-            0,
-            "{name} changed something"
-        );
+        assert_eq!(federation.store.log().end(), 0, "{name} changed something");
     }
 }
 
@@ -318,7 +314,7 @@ fn with_one_bad_document_none_is_applied() {
         ended.stderr
     );
     assert!(ended.stderr.contains("<stdin>:31:9"), "{}", ended.stderr);
-    assert_eq!(federation.service.store.log().end(), 0);
+    assert_eq!(federation.store.log().end(), 0);
 }
 
 #[test]
@@ -359,7 +355,7 @@ fn wrong_tokens_files_and_addresses_say_what_to_do() {
     for text in [refusing.as_str(), "connection refused", "krake-testnet up"] {
         assert!(ended.stderr.contains(text), "{}", ended.stderr);
     }
-    assert_eq!(federation.service.store.log().end(), 0);
+    assert_eq!(federation.store.log().end(), 0);
 }
 
 #[test]

@@ -247,7 +247,7 @@ fn a_watch_whose_revision_is_gone_lists_again_and_repeats_nothing() {
         let (_, mut watch) = client.watch(APPS, false).await.unwrap();
         begin(&client, &mut watch).await;
         // Everything that is known is void: the server answers with 410.
-        federation.service.store.log().reset(u64::MAX / 2);
+        federation.store.log().reset(u64::MAX / 2);
         client.apply(&object("c")).await.unwrap();
         let event = watch.next().await.unwrap();
         assert_eq!(event.kind, WatchEventKind::Added);

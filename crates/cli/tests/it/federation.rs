@@ -27,6 +27,7 @@ pub const TOKEN: &str = "test-token";
 /// One store that any number of nodes serve.
 pub struct Federation {
     pub service: Arc<Service>,
+    pub store: Arc<MemoryStore>,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -53,9 +54,10 @@ struct Shared {
 impl Federation {
     pub fn new() -> Self {
         let minute = Duration::from_secs(60);
+        let store = Arc::<MemoryStore>::default();
         let service = Service {
             registry: Arc::new(Registry::new(krake_node::kinds::all())),
-            store: Arc::new(MemoryStore::default()),
+            store: Arc::<MemoryStore>::clone(&store),
             admission: Arc::new(KrakeAdmission {
                 definitions: default_definitions(),
                 defaults: Defaults {
@@ -71,6 +73,7 @@ impl Federation {
         };
         Self {
             service: Arc::new(service),
+            store,
             runtime: runtime(),
         }
     }
@@ -180,7 +183,7 @@ impl Federation {
     /// Waits until `check` finds what it looks for.
     pub fn until<T>(&self, mut check: impl FnMut(&Self) -> Option<T>) -> T {
         let begun = std::time::Instant::now();
-        let mut newest = self.service.store.log().newest();
+        let mut newest = self.store.log().newest();
         loop {
             if let Some(found) = check(self) {
                 return found;

@@ -45,6 +45,8 @@ const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 const SLOW_WRITE: Duration = Duration::from_millis(250);
 /// It is well again below this.
 const QUICK_WRITE: Duration = Duration::from_millis(50);
+/// Bytes in a piece of a snapshot: a few are on their way at once, and heartbeats wait behind them.
+const PIECE_BYTES: usize = 256 * 1024;
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
 
 /// How bytes reach another member.
@@ -178,6 +180,7 @@ impl Host {
             compact_entries: config.compact_entries,
             compact_bytes: 8 * 1024 * 1024,
             kept_entries: 200,
+            piece_bytes: PIECE_BYTES,
             counters: Arc::default(),
         };
         let counters = Arc::clone(&settings.counters);

@@ -34,12 +34,15 @@ pub enum Bug {
     ReusedReadContext,
     /// What a killed process wrote is relied on without making it durable.
     ReadBackNotSynced,
+    /// A piece of a snapshot is put behind the others wherever it belongs, and the whole is not
+    /// compared with its checksum.
+    PieceOrderIgnored,
 }
 
 #[cfg(any(test, feature = "simulation"))]
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::AcknowledgedBeforeSync,
         Self::VoteNotWritten,
         Self::TermNotWritten,
@@ -55,6 +58,7 @@ impl Bug {
         Self::SnapshotNotSynced,
         Self::ReusedReadContext,
         Self::ReadBackNotSynced,
+        Self::PieceOrderIgnored,
     ];
 }
 

@@ -89,6 +89,7 @@ struct Total {
     unknown: usize,
     faults: usize,
     slept: u64,
+    pieces: u64,
     simulated_ms: u64,
     red: Vec<Report>,
 }
@@ -100,6 +101,7 @@ impl Total {
         self.unknown += report.unknown;
         self.faults += report.faults;
         self.slept += report.slept;
+        self.pieces += report.pieces;
         self.simulated_ms += report.simulated_ms;
         if report.violation.is_some() {
             self.red.push(report);
@@ -143,6 +145,7 @@ fn all(arguments: &Arguments, scenario: &Scenario, threads: usize, stop_at_first
             sum.unknown += total.unknown;
             sum.faults += total.faults;
             sum.slept += total.slept;
+            sum.pieces += total.pieces;
             sum.simulated_ms += total.simulated_ms;
             sum.red.extend(total.red);
         }
@@ -166,12 +169,13 @@ fn replay(arguments: &Arguments, scenario: &Scenario, seed: u64) -> String {
 fn say(total: &Total, took: Duration) {
     let simulated = total.simulated_ms as f64 / 1000.0;
     println!(
-        "{} runs, {} operations answered, {} without an answer, {} faults, groups fell silent {} times; {:.1} h simulated in {:.1} s: {:.0} times real time",
+        "{} runs, {} operations answered, {} without an answer, {} faults, groups fell silent {} times, {} pieces of snapshots; {:.1} h simulated in {:.1} s: {:.0} times real time",
         total.runs,
         total.answered,
         total.unknown,
         total.faults,
         total.slept,
+        total.pieces,
         simulated / 3600.0,
         took.as_secs_f64(),
         simulated / took.as_secs_f64()

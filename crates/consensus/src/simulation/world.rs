@@ -231,6 +231,7 @@ struct World<'a> {
     checks: Checks,
     compact_entries: u64,
     kept_entries: u64,
+    piece_bytes: usize,
     calm: bool,
     /// Clients do nothing until then.
     lull_until: u64,
@@ -264,6 +265,7 @@ pub(super) fn run(seed: u64, scenario: &Scenario) -> Report {
         unknown: operations().filter(|o| o.returned.is_none()).count(),
         faults: world.faults,
         slept: world.counters.slept.load(Ordering::Relaxed),
+        pieces: world.counters.snapshot_pieces_sent.load(Ordering::Relaxed),
         simulated_ms: world.now / 1000,
         trace: u64::from_le_bytes(trace),
         violation,
@@ -312,6 +314,7 @@ impl<'a> World<'a> {
             checks: Checks::default(),
             compact_entries: random.random_range(15..80),
             kept_entries: random.random_range(0..30),
+            piece_bytes: random.random_range(64..=512),
             calm: false,
             lull_until: 0,
             counters: Arc::default(),
@@ -478,6 +481,7 @@ impl<'a> World<'a> {
 
     fn start(&mut self, replica: u64) -> Result<(), String> {
         let (compact_entries, kept_entries) = (self.compact_entries, self.kept_entries);
+        let piece_bytes = self.piece_bytes;
         let Some(node) = self.nodes.get_mut(&replica) else {
             return Ok(());
         };
@@ -495,6 +499,7 @@ impl<'a> World<'a> {
             compact_entries,
             compact_bytes: 64 * 1024,
             kept_entries,
+            piece_bytes,
             counters: Arc::clone(&self.counters),
         };
         let directory = Box::new(Arc::clone(&node.directory));

@@ -323,7 +323,7 @@ impl Home for RealHome {
     }
 }
 
-/// Whether one more segment, and a group's snapshot, can be written.
+/// Whether one more segment, and the snapshot of a group of ordinary size, can be written.
 pub(crate) fn has_room(directory: &dyn Directory, path: &Path) -> Result<bool, DiskError> {
     let probe = |bytes: &[u8]| {
         let file = directory.create(PROBE)?;
@@ -528,14 +528,19 @@ impl Disk {
     }
 
     fn store_snapshot(&self, group: GroupId, snapshot: &Snapshot) -> Result<(), DiskError> {
-        let payload = codec::encode(SNAPSHOT_VERSION, &(group, snapshot))
+        let payload = codec::encode_large(SNAPSHOT_VERSION, &(group, snapshot))
             .map_err(|source| DiskError::Encode { group, source })?;
+        let (head, tail) = frame::around(1, &payload);
         let name = snapshot_name(group);
         let unfinished = format!("{name}{UNFINISHED}");
         self.directory
             .create(&unfinished)
             .and_then(|file| {
-                file.write_at(0, &frame::write(1, &payload))?;
+                let mut at = 0;
+                for bytes in [&head, &payload, &tail] {
+                    file.write_at(at, bytes)?;
+                    at += bytes.len() as u64;
+                }
                 if planted::has(Bug::SnapshotNotSynced) {
                     return Ok(());
                 }
@@ -648,9 +653,8 @@ fn read_snapshot(directory: &dyn Directory, name: &str) -> Result<(GroupId, Snap
     let Found::Frame { payload, .. } = frame::read(&bytes, 0, 1) else {
         return Err(damaged("its contents are not what was written".to_owned()));
     };
-    let (group, snapshot): (GroupId, Snapshot) =
-        codec::decode(SNAPSHOT_VERSION, payload, RECORD_BYTES_MAX)
-            .map_err(|error| damaged(error.to_string()))?;
+    let (group, snapshot): (GroupId, Snapshot) = codec::decode_large(SNAPSHOT_VERSION, payload)
+        .map_err(|error| damaged(error.to_string()))?;
     if snapshot_name(group) != name {
         return Err(damaged(format!("it is the snapshot of group {group}")));
     }

@@ -9,7 +9,7 @@ use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use parking_lot::RwLock;
 use raft::eraftpb as pb;
-use raft::{RawNode, StateRole};
+use raft::{ProgressState, RawNode, StateRole};
 use tokio::sync::oneshot;
 use tracing::{error, warn};
 
@@ -69,6 +69,12 @@ const READ_RETRY_TICKS: u64 = 3;
 /// Ticks without anything to do after which a leader lets its group fall silent. Longer than a
 /// heartbeat interval, so that all followers know what is committed.
 const QUIET_TICKS: u64 = 10;
+
+/// Entries after a snapshot before another one is made for the log's bytes: the entries kept before
+/// a snapshot may be as large.
+const ENTRIES_BETWEEN: u64 = 64;
+/// Counted for each entry of a log beyond its data, when it is compared with the map.
+const ENTRY_BYTES: usize = 64;
 
 #[derive(Debug, Default)]
 struct Reads {
@@ -886,6 +892,26 @@ impl Group {
         Configuration::from_raft(&self.raw.raft.prs().conf().to_conf_state())
     }
 
+    /// Whether the log, with `since` applied entries after the snapshot, is to be replaced by a new
+    /// one. Where the map is larger than a log may be, only by one of its own size: what is written
+    /// for snapshots is then never more than for entries.
+    fn is_long(&self, since: u64, settings: &Settings) -> bool {
+        // A replica that a snapshot is on its way to needs the entries after it.
+        let mut others = self.raw.raft.prs().iter();
+        let awaited = others.any(|(_, progress)| progress.state == ProgressState::Snapshot);
+        let patience = if awaited { 2 } else { 1 };
+        let (log, map) = (
+            self.raw.store().bytes(),
+            self.machine.read().bytes() as usize,
+        );
+        if map > settings.compact_bytes {
+            return since > ENTRIES_BETWEEN && log + since as usize * ENTRY_BYTES > map * patience;
+        }
+        let bytes = settings.compact_bytes * patience;
+        since >= settings.compact_entries * patience as u64
+            || (log > bytes && since > ENTRIES_BETWEEN)
+    }
+
     fn compact(&mut self, settings: &Settings) {
         let mut applied = self.machine.read().applied;
         let log = self.raw.store();
@@ -893,9 +919,7 @@ impl Group {
             applied = log.last().min(applied + 1);
         }
         let since = applied.saturating_sub(log.snapshot_index());
-        let long = since >= settings.compact_entries
-            || (log.bytes() > settings.compact_bytes && since > 64);
-        if !(long || std::mem::take(&mut self.snapshot_wanted)) {
+        if !(self.is_long(since, settings) || std::mem::take(&mut self.snapshot_wanted)) {
             return;
         }
         let (Ok(term), Ok(data)) = (

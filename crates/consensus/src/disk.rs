@@ -4,6 +4,8 @@
 //! A segment goes when no group needs an entry in it any more. A group that is silent for long
 //! would hold segments for ever; its entries are then written again at the end.
 
+mod storing;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +14,7 @@ use krake_model::ids::GroupId;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::disk::storing::{SLICE_BYTES, Storing};
 use crate::frame::{self, Found};
 use crate::log::{GroupLog, HardState};
 use crate::medium::{Directory, RealDirectory};
@@ -176,6 +179,9 @@ pub(crate) struct Disk {
     wal: Wal,
     states: BTreeMap<GroupId, State>,
     places: BTreeMap<GroupId, Places>,
+    /// Snapshots that are not in force yet.
+    storing: BTreeMap<GroupId, Storing>,
+    slice_bytes: usize,
 }
 
 /// In which segments one group's entries are, newest copies only: ranges of indices in order.
@@ -459,6 +465,8 @@ impl Disk {
             wal,
             states,
             places,
+            storing: BTreeMap::new(),
+            slice_bytes: SLICE_BYTES,
         };
         Ok((disk, logs))
     }
@@ -480,11 +488,11 @@ impl Disk {
     /// written any more.
     pub(crate) fn write(&mut self, writes: Vec<Write>) -> Result<(), DiskError> {
         let mut changes = Vec::with_capacity(writes.len());
-        for write in writes {
-            // Before the log says that entries are gone.
+        for mut write in writes {
             if let Some(snapshot) = &write.snapshot {
-                self.store_snapshot(write.change.group, snapshot)?;
+                self.take_snapshot(&write.change, snapshot)?;
             }
+            self.hold_back(&mut write.change);
             changes.push(write.change);
         }
         for piece in pieces(changes) {
@@ -527,29 +535,6 @@ impl Disk {
         Ok(())
     }
 
-    fn store_snapshot(&self, group: GroupId, snapshot: &Snapshot) -> Result<(), DiskError> {
-        let payload = codec::encode_large(SNAPSHOT_VERSION, &(group, snapshot))
-            .map_err(|source| DiskError::Encode { group, source })?;
-        let (head, tail) = frame::around(1, &payload);
-        let name = snapshot_name(group);
-        let unfinished = format!("{name}{UNFINISHED}");
-        self.directory
-            .create(&unfinished)
-            .and_then(|file| {
-                let mut at = 0;
-                for bytes in [&head, &payload, &tail] {
-                    file.write_at(at, bytes)?;
-                    at += bytes.len() as u64;
-                }
-                if planted::has(Bug::SnapshotNotSynced) {
-                    return Ok(());
-                }
-                file.sync()
-            })
-            .and_then(|()| self.directory.rename(&unfinished, &name))
-            .map_err(|error| self.problem(WalError::Io(error)))
-    }
-
     /// Groups with entries in a segment that are still wanted.
     fn holders(&self, segment: u64) -> BTreeSet<GroupId> {
         self.places
@@ -576,7 +561,9 @@ impl Disk {
     /// and most of what is on the disk is no longer wanted. `live`: bytes of all logs' entries.
     pub(crate) fn to_rewrite(&self, live: impl FnOnce() -> usize) -> BTreeSet<GroupId> {
         let (oldest, count) = self.wal.oldest();
-        if count <= SEGMENTS_MIN
+        // What a snapshot that is on its way will let go needs not be written again.
+        if !self.storing.is_empty()
+            || count <= SEGMENTS_MIN
             || self.wal.bytes() < SEGMENTS_MIN as u64 * self.wal.segment_bytes + 2 * live() as u64
         {
             return BTreeSet::new();

@@ -129,6 +129,7 @@ impl Replica {
                 break;
             }
         }
+        self.disk.store_slice()?;
         self.write_again()
     }
 

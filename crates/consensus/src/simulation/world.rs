@@ -43,6 +43,8 @@ const AWAY: u64 = 10 * SECOND;
 const RECOVERY: u64 = 5 * SECOND;
 /// A segment of the log is small, so that many come and go.
 const SEGMENT: u64 = 24 * 1024;
+/// So much of a snapshot is written at once, so that most take several rounds.
+const SLICE: usize = 2000;
 /// The first moment of wall clocks: 2026-01-01.
 const EPOCH_MS: i64 = 1_767_225_600_000;
 
@@ -506,6 +508,7 @@ impl<'a> World<'a> {
         let opened = Disk::open_in(directory, Path::new("simulated"), owner(replica)).and_then(
             |(mut disk, groups)| {
                 disk.limit_segments(SEGMENT);
+                disk.limit_slices(SLICE);
                 Replica::new(settings, disk, groups)
             },
         );

@@ -18,7 +18,7 @@ use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{Change as LogChange, Write};
 use crate::inspect::{Counters, GroupDetail, PeerProgress, TransferError};
 use crate::log::{GroupLog, HardState};
-use crate::machine::{Answer, LogEntry, Machine};
+use crate::machine::{Answer, GROUP_BYTES_MAX, LogEntry, Machine};
 use crate::planted::{self, Bug};
 use crate::voters::{self, MemberInfo, Step};
 use crate::wire::{Configuration, Entry, Message, MessageKind, Sleep, Snapshot};
@@ -560,7 +560,7 @@ impl Group {
             Answer::Conflict { key, actual } => Err(ProposeError::Conflict { key, actual }),
             Answer::Full => Err(ProposeError::Full {
                 group: self.id,
-                limit: crate::machine::GROUP_BYTES_MAX,
+                limit: GROUP_BYTES_MAX,
             }),
         }
     }
@@ -900,16 +900,15 @@ impl Group {
         let mut others = self.raw.raft.prs().iter();
         let awaited = others.any(|(_, progress)| progress.state == ProgressState::Snapshot);
         let patience = if awaited { 2 } else { 1 };
-        let (log, map) = (
-            self.raw.store().bytes(),
-            self.machine.read().bytes() as usize,
-        );
+        let (log, map) = (self.raw.store(), self.machine.read().bytes() as usize);
         if map > settings.compact_bytes {
-            return since > ENTRIES_BETWEEN && log + since as usize * ENTRY_BYTES > map * patience;
+            return log.bytes_since() + since as usize * ENTRY_BYTES > map * patience;
         }
-        let bytes = settings.compact_bytes * patience;
-        since >= settings.compact_entries * patience as u64
-            || (log > bytes && since > ENTRIES_BETWEEN)
+        let (entries, bytes) = (
+            settings.compact_entries * patience as u64,
+            settings.compact_bytes * patience,
+        );
+        since >= entries || (log.bytes() > bytes && since > ENTRIES_BETWEEN)
     }
 
     fn compact(&mut self, settings: &Settings) {
@@ -935,9 +934,9 @@ impl Group {
             configuration: self.configuration(),
             data: data.into(),
         };
+        let kept = settings.kept_entries;
         let log = self.raw.mut_store();
-        log.snapshot = Some(snapshot.clone());
-        log.compact(applied.saturating_sub(settings.kept_entries));
+        log.compact(snapshot.clone(), kept, GROUP_BYTES_MAX);
         let mut write = self.empty_write();
         write.snapshot = Some(snapshot);
         self.compaction = Some(write);

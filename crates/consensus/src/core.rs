@@ -483,10 +483,14 @@ impl Core {
             group.raw.store(),
             last,
         );
-        if let Err(reason) = admitted {
-            Counters::add(&self.settings.counters.refused, 1);
-            warn!(group = %id, term = group.raw.raft.term, index = last, sender, kind = ?message.kind, %reason, "a Raft message was refused");
-            return false;
+        match admitted {
+            Err(reason) => {
+                Counters::add(&self.settings.counters.refused, 1);
+                warn!(group = %id, term = group.raw.raft.term, index = last, sender, kind = ?message.kind, %reason, "a Raft message was refused");
+                return false;
+            }
+            Ok(None) => {}
+            Ok(Some(map)) => group.expect_map(&message, map),
         }
         self.active.insert(id);
         if matches!(message.kind, MessageKind::Vote | MessageKind::PreVote) {

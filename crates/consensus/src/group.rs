@@ -115,6 +115,8 @@ pub(crate) struct Group {
     backlog: Vec<pb::Entry>,
     ready: Option<raft::Ready>,
     compaction: Option<Write>,
+    /// The map of a snapshot that came and may be installed in this round, with its bytes.
+    expected: Option<(Bytes, Machine)>,
     /// A replica was added that the snapshot does not know; it could not start from it.
     snapshot_wanted: bool,
     /// Rises when other replicas vote or follow.
@@ -174,6 +176,7 @@ impl Group {
             backlog: Vec::new(),
             ready: None,
             compaction: None,
+            expected: None,
             snapshot_wanted: false,
             configuration_number: 0,
             reconcile: true,
@@ -739,6 +742,7 @@ impl Group {
             self.backlog = light.take_committed_entries();
             self.dirty = true;
         }
+        self.expected = None;
         self.tell_commit(out);
         let last = committed.last().map(|entry| entry.index).or(installed);
         Counters::add(&settings.counters.applied, committed.len() as u64);
@@ -801,6 +805,12 @@ impl Group {
         }
     }
 
+    /// The gate has read the map of a snapshot that comes with the next message.
+    pub(crate) fn expect_map(&mut self, message: &Message, map: Machine) {
+        let snapshot = message.snapshot.as_ref();
+        self.expected = snapshot.map(|snapshot| (snapshot.data.clone(), map));
+    }
+
     pub(crate) fn busy(&self) -> bool {
         self.dirty
             && (self.raw.has_ready() || !self.backlog.is_empty() || self.compaction.is_some())
@@ -808,7 +818,14 @@ impl Group {
 
     fn install(&mut self, snapshot: &pb::Snapshot, batches: &mut VecDeque<Batch>) {
         self.configuration_number += 1;
-        match Machine::decode(&snapshot.data) {
+        let same = |known: &Bytes| {
+            (known.as_ptr(), known.len()) == (snapshot.data.as_ptr(), snapshot.data.len())
+        };
+        let decoded = match self.expected.take() {
+            Some((data, machine)) if same(&data) => Ok(machine),
+            _ => Machine::decode(&snapshot.data),
+        };
+        match decoded {
             Ok(mut machine) => {
                 machine.applied = snapshot.get_metadata().index;
                 let revision = machine.last_stamp;

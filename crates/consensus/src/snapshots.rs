@@ -16,10 +16,10 @@ use crate::planted::{self, Bug};
 use crate::wire::{Got, Piece, Received, Snapshot, SnapshotId};
 
 /// Pieces of one snapshot on their way at most.
-const PIECES_OF_ONE: usize = 3;
+const PIECES_OF_ONE: u64 = 3;
 /// Pieces of all snapshots on their way to one node at most: one that does not move leaves room for
 /// others.
-const PIECES_TO_NODE: usize = 4;
+const PIECES_TO_NODE: u64 = 4;
 /// Heartbeat intervals without progress after which the sender asks what has come.
 const ASK_INTERVALS: u64 = 3;
 /// The same, after which it gives up. Raft tries again when the receiver is heard; what has come is
@@ -60,6 +60,36 @@ impl Sending {
         let waits = self.asking || self.sent > self.confirmed;
         let since = self.asked_at.map(|at| at.max(self.moved_at));
         waits && since.is_none_or(|at| now.saturating_sub(at) >= interval * ASK_INTERVALS)
+    }
+
+    /// What is sent now, when `others` bytes of other snapshots are on their way to the same node.
+    fn next(
+        &mut self,
+        group: GroupId,
+        now: u64,
+        interval: u64,
+        piece: u64,
+        others: u64,
+    ) -> Vec<Piece> {
+        if self.is_to_ask(now, interval) {
+            (self.asking, self.asked_at) = (true, Some(now));
+            return vec![self.piece(group, self.confirmed, self.confirmed)];
+        }
+        let mut pieces = Vec::new();
+        while !self.asking && self.sent < self.id.bytes {
+            let to = self.id.bytes.min(self.sent + piece);
+            let bytes = to - self.confirmed;
+            if bytes > piece * PIECES_OF_ONE || others + bytes > piece * PIECES_TO_NODE {
+                break;
+            }
+            pieces.push(self.piece(group, self.sent, to));
+            self.sent = to;
+        }
+        if !self.asking && self.sent == self.confirmed {
+            // It waits for others, not for its receiver.
+            self.moved_at = now;
+        }
+        pieces
     }
 
     fn piece(&self, group: GroupId, from: u64, to: u64) -> Piece {
@@ -197,19 +227,19 @@ impl Snapshots {
         snapshot: Snapshot,
         now: u64,
     ) {
+        // Several replicas may get the same one: it is read for its checksum once.
         let same = |sending: &&Sending| {
-            (sending.id.index, sending.id.term) == (snapshot.index, snapshot.term)
+            let (known, data) = (&sending.snapshot.data, &snapshot.data);
+            (known.as_ptr(), known.len()) == (data.as_ptr(), data.len())
+                && (sending.id.index, sending.id.term) == (snapshot.index, snapshot.term)
         };
-        let others = self.sending.iter().filter(|((_, of), _)| *of == group);
-        let known = others.map(|(_, sending)| sending).find(same);
-        let id = known
-            .map(|sending| sending.id)
-            .unwrap_or_else(|| SnapshotId {
-                index: snapshot.index,
-                term: snapshot.term,
-                bytes: snapshot.data.len() as u64,
-                checksum: *blake3::hash(&snapshot.data).as_bytes(),
-            });
+        let known = self.sending.values().find(same).map(|sending| sending.id);
+        let id = known.unwrap_or_else(|| SnapshotId {
+            index: snapshot.index,
+            term: snapshot.term,
+            bytes: snapshot.data.len() as u64,
+            checksum: *blake3::hash(&snapshot.data).as_bytes(),
+        });
         let sending = Sending {
             term,
             id,
@@ -235,9 +265,31 @@ impl Snapshots {
         for ((to, _), received) in std::mem::take(&mut self.answers) {
             parcels.entry(to).or_default().received.push(received);
         }
-        let (interval, mut ended) = (self.interval, Vec::new());
+        let ended = self.give_up(now, is_wanted);
+        let mut on_their_way: BTreeMap<u64, u64> = BTreeMap::new();
+        for ((to, _), sending) in &self.sending {
+            *on_their_way.entry(*to).or_default() += sending.on_their_way(self.piece);
+        }
+        for ((to, group), sending) in &mut self.sending {
+            let to_node = on_their_way.entry(*to).or_default();
+            *to_node -= sending.on_their_way(self.piece);
+            let pieces = sending.next(*group, now, self.interval, self.piece, *to_node);
+            *to_node += sending.on_their_way(self.piece);
+            if !pieces.is_empty() {
+                parcels.entry(*to).or_default().pieces.extend(pieces);
+            }
+        }
+        (parcels, ended)
+    }
+
+    fn give_up(
+        &mut self,
+        now: u64,
+        is_wanted: impl Fn(u64, GroupId, u64, SnapshotId) -> bool,
+    ) -> Vec<Ended> {
+        let (limit, mut ended) = (self.interval * GIVE_UP_INTERVALS, Vec::new());
         self.sending.retain(|(to, group), sending| {
-            let moves = now.saturating_sub(sending.moved_at) < interval * GIVE_UP_INTERVALS;
+            let moves = now.saturating_sub(sending.moved_at) < limit;
             let kept = moves && is_wanted(*to, *group, sending.term, sending.id);
             if !kept {
                 ended.push(Ended {
@@ -249,41 +301,7 @@ impl Snapshots {
             }
             kept
         });
-        let mut on_their_way: BTreeMap<u64, u64> = BTreeMap::new();
-        for ((to, _), sending) in &self.sending {
-            *on_their_way.entry(*to).or_default() += sending.on_their_way(self.piece);
-        }
-        for ((to, group), sending) in &mut self.sending {
-            let all = on_their_way.entry(*to).or_default();
-            let mut pieces = Vec::new();
-            if sending.is_to_ask(now, interval) {
-                *all -= sending.on_their_way(self.piece);
-                sending.asking = true;
-                sending.asked_at = Some(now);
-                *all += sending.on_their_way(self.piece);
-                pieces.push(sending.piece(*group, sending.confirmed, sending.confirmed));
-            }
-            while !sending.asking && sending.sent < sending.id.bytes {
-                let to = sending.id.bytes.min(sending.sent + self.piece);
-                let bytes = to - sending.sent;
-                if sending.sent - sending.confirmed + bytes > self.piece * PIECES_OF_ONE as u64
-                    || *all + bytes > self.piece * PIECES_TO_NODE as u64
-                {
-                    break;
-                }
-                pieces.push(sending.piece(*group, sending.sent, to));
-                sending.sent = to;
-                *all += bytes;
-            }
-            if !sending.asking && sending.sent == sending.confirmed {
-                // It waits for others, not for its receiver.
-                sending.moved_at = now;
-            }
-            if !pieces.is_empty() {
-                parcels.entry(*to).or_default().pieces.append(&mut pieces);
-            }
-        }
-        (parcels, ended)
+        ended
     }
 
     /// An answer of the replica `from`.
@@ -513,7 +531,7 @@ mod tests {
         let mut offsets = Vec::new();
         let (whole, ended) = loop {
             let next = pieces(&mut sender, 0);
-            assert!((1..=PIECES_OF_ONE).contains(&next.len()));
+            assert!((1..=PIECES_OF_ONE as usize).contains(&next.len()));
             assert!(pieces(&mut sender, 0).is_empty(), "more without an answer");
             offsets.extend(next.iter().map(|piece| piece.offset));
             let came = exchange(&mut sender, &mut receiver, &next, 0);
@@ -542,7 +560,7 @@ mod tests {
         for now in 1.. {
             let next = pieces(&mut sender, now * 20);
             let data = next.iter().filter(|piece| !piece.data.is_empty());
-            assert!(data.count() <= PIECES_TO_NODE);
+            assert!(data.count() as u64 <= PIECES_TO_NODE);
             whole += exchange(&mut sender, &mut receiver, &next, now * 20)
                 .0
                 .len();

@@ -77,7 +77,10 @@ impl Core {
         };
         group.raw.report_snapshot(*to, *status);
         let (term, index) = (group.raw.raft.term, snapshot.index);
-        if *status == SnapshotStatus::Finish {
+        // The library may hear of it first.
+        let progress = group.raw.raft.prs().get(*to);
+        let is_there = group.is_leader() && progress.is_some_and(|known| known.matched >= index);
+        if *status == SnapshotStatus::Finish || is_there {
             Counters::add(&self.settings.counters.snapshots_sent, 1);
             info!(group = %id, term, index, to, bytes = snapshot.bytes, "snapshot sent");
         } else {

@@ -124,6 +124,11 @@ fn counters(registry: &mut Registry, federation: &Federation) {
             &consensus.snapshots_sent,
         ),
         (
+            "consensus_snapshot_pieces_sent",
+            "Pieces of large snapshots sent to other replicas, repeated ones too",
+            &consensus.snapshot_pieces_sent,
+        ),
+        (
             "consensus_snapshots_installed",
             "Snapshots of other replicas that were installed",
             &consensus.snapshots_installed,

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use bytes::Bytes;
-use krake_model::codec::{self, CodecError, RECORD_BYTES_MAX};
+use krake_model::codec::{self, CodecError};
 use krake_model::ids::{FederationId, GroupId};
 use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
@@ -96,7 +96,7 @@ pub struct BackupWriter {
 impl BackupWriter {
     fn piece(&mut self, piece: &Piece) -> Result<Bytes, CodecError> {
         self.pieces += 1;
-        let payload = codec::encode(VERSION, piece)?;
+        let payload = codec::encode_large(VERSION, piece)?;
         Ok(frame::write(self.pieces, &payload).into())
     }
 
@@ -171,7 +171,7 @@ impl Backup {
                 }
                 _ => return Err(BackupError::Damaged { offset }),
             };
-            let piece: Piece = codec::decode(VERSION, payload, RECORD_BYTES_MAX)
+            let piece: Piece = codec::decode_large(VERSION, payload)
                 .map_err(|error| BackupError::Format(error.to_string()))?;
             match (piece, &header) {
                 (

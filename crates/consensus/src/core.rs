@@ -1,6 +1,8 @@
 //! All groups of one node as one step machine: inputs and time in, messages and writes out. No
 //! thread, clock, file or socket here.
 
+mod pieces;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -9,7 +11,7 @@ use krake_model::ids::{GroupId, NodeId};
 use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use tokio::sync::oneshot;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, warn};
 
 use crate::command::Command;
 use crate::disk::{Change as LogChange, Write};
@@ -18,6 +20,7 @@ use crate::group::{Group, Outcome};
 use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::log::{GroupLog, HardState};
 use crate::machine::Change;
+use crate::snapshots::Snapshots;
 use crate::voters::MemberInfo;
 use crate::wire::{
     Configuration, FRAME_MESSAGES_MAX, Frame, Message, MessageKind, Pulse, Sleep, Snapshot,
@@ -52,6 +55,8 @@ pub(crate) struct Settings {
     pub(crate) compact_bytes: usize,
     /// Entries kept before a snapshot, for replicas that are a little behind.
     pub(crate) kept_entries: u64,
+    /// A snapshot with more data travels in pieces of so many bytes.
+    pub(crate) piece_bytes: usize,
     pub(crate) counters: Arc<Counters>,
 }
 
@@ -132,6 +137,8 @@ pub(crate) struct Core {
     /// Answers to heartbeats that wait for a frame to the same replica, at most until this node's
     /// own heartbeats: an idle pair of nodes then exchanges two frames an interval, not four.
     answers: BTreeMap<u64, BTreeMap<GroupId, Message>>,
+    /// Large snapshots on their way.
+    snapshots: Snapshots,
     pulse_due: bool,
     followers_due: bool,
     counter: u64,
@@ -158,6 +165,7 @@ impl Core {
         let stamps = groups.values().map(|group| group.machine.read().last_stamp);
         let clock = stamps.fold(clock, Revision::max);
         let active = groups.keys().copied().collect();
+        let snapshots = Snapshots::new(settings.piece_bytes, settings.heartbeat_ticks);
         Ok(Self {
             settings,
             groups,
@@ -174,6 +182,7 @@ impl Core {
             sleeping: BTreeMap::new(),
             asked_for: BTreeSet::new(),
             answers: BTreeMap::new(),
+            snapshots,
             pulse_due: false,
             followers_due: false,
             counter: 0,
@@ -264,6 +273,7 @@ impl Core {
         self.watch_peers();
         self.each(None, |group, settings| group.tick(settings, ticks));
         if ticks.is_multiple_of(RECONCILE_TICKS) {
+            self.tidy_snapshots();
             for group in self.groups.values_mut() {
                 group.reconcile |= group.is_leader() && !group.settled;
             }
@@ -456,6 +466,7 @@ impl Core {
         for (id, message) in frame.messages {
             self.receive_one(sender, id, message);
         }
+        self.receive_pieces(sender, frame.pieces, frame.received);
         for sleep in frame.sleeping.iter().take(FRAME_MESSAGES_MAX) {
             if let Some(group) = self.groups.get_mut(&sleep.group) {
                 group.follow_to_sleep(sender, sleep, &self.settings);
@@ -464,9 +475,10 @@ impl Core {
         }
     }
 
-    fn receive_one(&mut self, sender: u64, id: GroupId, message: Message) {
+    /// `false`: it was not fit to be taken.
+    fn receive_one(&mut self, sender: u64, id: GroupId, message: Message) -> bool {
         if self.failed.contains(&id) || id.number() >= Revision::GROUPS_MAX {
-            return;
+            return false;
         }
         if !self.groups.contains_key(&id) {
             let log = GroupLog::new(HardState::default(), None, (0, 0), Vec::new());
@@ -474,12 +486,12 @@ impl Core {
                 Ok(group) => self.groups.insert(id, group),
                 Err(error) => {
                     warn!(group = %id, error, "no replica could be made");
-                    return;
+                    return false;
                 }
             };
         }
         let Some(group) = self.groups.get_mut(&id) else {
-            return;
+            return false;
         };
         let last = group.raw.raft.raft_log.last_index();
         let admitted = gate::admit(
@@ -490,10 +502,14 @@ impl Core {
             group.raw.store(),
             last,
         );
-        if let Err(reason) = admitted {
-            Counters::add(&self.settings.counters.refused, 1);
-            warn!(group = %id, term = group.raw.raft.term, index = last, sender, kind = ?message.kind, %reason, "a Raft message was refused");
-            return;
+        match admitted {
+            Err(reason) => {
+                Counters::add(&self.settings.counters.refused, 1);
+                warn!(group = %id, term = group.raw.raft.term, index = last, sender, kind = ?message.kind, %reason, "a Raft message was refused");
+                return false;
+            }
+            Ok(None) => {}
+            Ok(Some(map)) => group.expect_map(&message, map),
         }
         self.active.insert(id);
         if matches!(message.kind, MessageKind::Vote | MessageKind::PreVote) {
@@ -507,6 +523,7 @@ impl Core {
         if stepped.is_err() {
             self.set_aside(&[id]);
         }
+        stepped.is_ok()
     }
 
     pub(crate) fn unreachable(&mut self, node: NodeId) {
@@ -732,9 +749,14 @@ impl Core {
             messages,
             sleeping: Vec::new(),
             pulse: None,
+            pieces: Vec::new(),
+            received: Vec::new(),
             clock,
         };
         for (group, message) in messages {
+            let Some(message) = self.begin_snapshot(group, message) else {
+                continue;
+            };
             let to = message.to;
             let Some(node) = self.members.get(&to).map(|member| member.node) else {
                 continue;
@@ -761,14 +783,6 @@ impl Core {
                     .iter()
                     .map(|e| e.data.len() + 64)
                     .sum::<usize>();
-            if message.kind == MessageKind::Snapshot
-                && let Some(group) = self.groups.get_mut(&group)
-            {
-                // Whether it arrives shows in the next answer; without this no other is sent.
-                group.raw.report_snapshot(to, raft::SnapshotStatus::Finish);
-                Counters::add(&self.settings.counters.snapshots_sent, 1);
-                info!(group = %group.id, term = message.term, index = message.snapshot.as_ref().map_or(0, |s| s.index), to, bytes = size, "snapshot sent");
-            }
             let slot = open.entry(to).or_default();
             let full = slot.0 + size > FRAME_BYTES || slot.1.len() >= FRAME_MESSAGES_MAX;
             if full && !slot.1.is_empty() {
@@ -790,7 +804,8 @@ impl Core {
                 open.entry(*to).or_default();
             }
         }
-        for to in self.sleeping.keys() {
+        let mut parcels = self.parcels();
+        for to in self.sleeping.keys().chain(parcels.keys()) {
             open.entry(*to).or_default();
         }
         for (to, (_, mut messages)) in open {
@@ -803,9 +818,12 @@ impl Core {
                 }
                 messages.extend(answers);
             }
+            let parcel = parcels.remove(&to).unwrap_or_default();
             frames.push((
                 node,
                 Frame {
+                    pieces: parcel.pieces,
+                    received: parcel.received,
                     sleeping: self.sleeping.remove(&to).unwrap_or_default(),
                     pulse: pulse.clone(),
                     ..frame(to, messages)

@@ -4,6 +4,8 @@
 //! A segment goes when no group needs an entry in it any more. A group that is silent for long
 //! would hold segments for ever; its entries are then written again at the end.
 
+mod storing;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +15,7 @@ use krake_model::revision::Revision;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::disk::storing::{SLICE_BYTES, Storing};
 use crate::frame::{self, Found};
 use crate::log::{GroupLog, HardState};
 use crate::medium::{Directory, RealDirectory};
@@ -181,6 +184,9 @@ pub(crate) struct Disk {
     states: BTreeMap<GroupId, State>,
     places: BTreeMap<GroupId, Places>,
     clock: Revision,
+    /// Snapshots that are not in force yet.
+    storing: BTreeMap<GroupId, Storing>,
+    slice_bytes: usize,
 }
 
 /// In which segments one group's entries are, newest copies only: ranges of indices in order.
@@ -328,7 +334,7 @@ impl Home for RealHome {
     }
 }
 
-/// Whether one more segment, and a group's snapshot, can be written.
+/// Whether one more segment, and the snapshot of a group of ordinary size, can be written.
 pub(crate) fn has_room(directory: &dyn Directory, path: &Path) -> Result<bool, DiskError> {
     let probe = |bytes: &[u8]| {
         let file = directory.create(PROBE)?;
@@ -468,6 +474,8 @@ impl Disk {
             states,
             places,
             clock,
+            storing: BTreeMap::new(),
+            slice_bytes: SLICE_BYTES,
         };
         Ok((disk, logs))
     }
@@ -489,11 +497,11 @@ impl Disk {
     /// written any more.
     pub(crate) fn write(&mut self, writes: Vec<Write>) -> Result<(), DiskError> {
         let mut changes = Vec::with_capacity(writes.len());
-        for write in writes {
-            // Before the log says that entries are gone.
+        for mut write in writes {
             if let Some(snapshot) = &write.snapshot {
-                self.store_snapshot(write.change.group, snapshot)?;
+                self.take_snapshot(&write.change, snapshot)?;
             }
+            self.hold_back(&mut write.change);
             changes.push(write.change);
         }
         for piece in pieces(changes) {
@@ -536,25 +544,6 @@ impl Disk {
         Ok(())
     }
 
-    fn store_snapshot(&self, group: GroupId, snapshot: &Snapshot) -> Result<(), DiskError> {
-        let payload = codec::encode(SNAPSHOT_VERSION, &(group, snapshot))
-            .map_err(|source| DiskError::Encode { group, source })?;
-        let sync = !planted::has(Bug::SnapshotNotSynced);
-        self.replace(&snapshot_name(group), &payload, sync)
-    }
-
-    fn replace(&self, name: &str, payload: &[u8], sync: bool) -> Result<(), DiskError> {
-        let unfinished = format!("{name}{UNFINISHED}");
-        self.directory
-            .create(&unfinished)
-            .and_then(|file| {
-                file.write_at(0, &frame::write(1, payload))?;
-                if sync { file.sync() } else { Ok(()) }
-            })
-            .and_then(|()| self.directory.rename(&unfinished, name))
-            .map_err(|error| self.problem(WalError::Io(error)))
-    }
-
     /// What was written with [`Self::keep_clock`] last.
     pub(crate) const fn clock(&self) -> Revision {
         self.clock
@@ -567,7 +556,15 @@ impl Disk {
             group: GroupId::META,
             source,
         })?;
-        self.replace(CLOCK, &payload, true)?;
+        let unfinished = format!("{CLOCK}{UNFINISHED}");
+        self.directory
+            .create(&unfinished)
+            .and_then(|file| {
+                file.write_at(0, &frame::write(1, &payload))?;
+                file.sync()
+            })
+            .and_then(|()| self.directory.rename(&unfinished, CLOCK))
+            .map_err(|error| self.problem(WalError::Io(error)))?;
         self.clock = bound;
         Ok(())
     }
@@ -598,7 +595,9 @@ impl Disk {
     /// and most of what is on the disk is no longer wanted. `live`: bytes of all logs' entries.
     pub(crate) fn to_rewrite(&self, live: impl FnOnce() -> usize) -> BTreeSet<GroupId> {
         let (oldest, count) = self.wal.oldest();
-        if count <= SEGMENTS_MIN
+        // What a snapshot that is on its way will let go needs not be written again.
+        if !self.storing.is_empty()
+            || count <= SEGMENTS_MIN
             || self.wal.bytes() < SEGMENTS_MIN as u64 * self.wal.segment_bytes + 2 * live() as u64
         {
             return BTreeSet::new();
@@ -685,9 +684,8 @@ fn read_whole<'a>(bytes: &'a [u8], name: &str) -> Result<&'a [u8], WalError> {
 fn read_snapshot(directory: &dyn Directory, name: &str) -> Result<(GroupId, Snapshot), WalError> {
     let bytes = directory.read(name)?;
     let payload = read_whole(&bytes, name)?;
-    let (group, snapshot): (GroupId, Snapshot) =
-        codec::decode(SNAPSHOT_VERSION, payload, RECORD_BYTES_MAX)
-            .map_err(|error| damaged(name, error.to_string()))?;
+    let (group, snapshot): (GroupId, Snapshot) = codec::decode_large(SNAPSHOT_VERSION, payload)
+        .map_err(|error| damaged(name, error.to_string()))?;
     if snapshot_name(group) != name {
         let reason = format!("it is the snapshot of group {group}");
         return Err(damaged(name, reason));

@@ -28,16 +28,22 @@ const fn frame_bytes(payload: usize) -> usize {
 
 /// Writes a frame.
 pub(crate) fn write(sequence: u64, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(frame_bytes(payload.len()));
-    bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
-    bytes.extend_from_slice(&head_check(payload.len() as u32, sequence).to_le_bytes());
-    bytes.extend_from_slice(&sequence.to_le_bytes());
-    bytes.extend_from_slice(&crc32fast::hash(payload).to_le_bytes());
-    bytes.extend_from_slice(&HEADER_MARK);
-    bytes.extend_from_slice(payload);
-    bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
-    bytes.extend_from_slice(&TRAILER);
-    bytes
+    let (head, tail) = around(sequence, payload);
+    [&head, payload, &tail].concat()
+}
+
+/// What stands before and after a payload in its frame: a large one is not copied for it.
+pub(crate) fn around(sequence: u64, payload: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    let mut head = Vec::with_capacity(HEADER);
+    head.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+    head.extend_from_slice(&head_check(payload.len() as u32, sequence).to_le_bytes());
+    head.extend_from_slice(&sequence.to_le_bytes());
+    head.extend_from_slice(&crc32fast::hash(payload).to_le_bytes());
+    head.extend_from_slice(&HEADER_MARK);
+    let padding = payload.len().next_multiple_of(ALIGNMENT) - payload.len();
+    let mut tail = vec![0; padding];
+    tail.extend_from_slice(&TRAILER);
+    (head, tail)
 }
 
 fn head_check(length: u32, sequence: u64) -> u32 {

@@ -36,7 +36,8 @@ pub(crate) enum Refused {
     Snapshot(#[from] CodecError),
 }
 
-/// Checks a message that replica `sender` sent us, replica `own`, about the group with `log`.
+/// Checks a message that replica `sender` sent us, replica `own`, about the group with `log`. The map
+/// of a snapshot had to be read for it.
 pub(crate) fn admit(
     message: &Message,
     sender: u64,
@@ -44,7 +45,7 @@ pub(crate) fn admit(
     term: u64,
     log: &GroupLog,
     last_index: u64,
-) -> Result<(), Refused> {
+) -> Result<Option<Machine>, Refused> {
     // A follower passes a read on to the leader it knows, in the reader's name.
     if message.from != sender && message.kind != MessageKind::ReadIndex {
         return Err(Refused::Sender {
@@ -74,6 +75,7 @@ pub(crate) fn admit(
     if !message.entries.is_empty() && !with_entries {
         return Err(Refused::Shape);
     }
+    let mut map = None;
     match message.kind {
         MessageKind::Append => append(message, term, log)?,
         MessageKind::Heartbeat if message.commit > last_index => {
@@ -82,7 +84,7 @@ pub(crate) fn admit(
                 last: last_index,
             });
         }
-        MessageKind::Snapshot => snapshot(message)?,
+        MessageKind::Snapshot => map = Some(snapshot(message)?),
         MessageKind::ReadIndex | MessageKind::ReadIndexResponse
             if message.entries.len() != 1 || message.entries[0].data.len() > CONTEXT_BYTES_MAX =>
         {
@@ -99,7 +101,7 @@ pub(crate) fn admit(
     {
         return Err(Refused::Shape);
     }
-    Ok(())
+    Ok(map)
 }
 
 fn append(message: &Message, own_term: u64, log: &GroupLog) -> Result<(), Refused> {
@@ -139,15 +141,14 @@ fn append(message: &Message, own_term: u64, log: &GroupLog) -> Result<(), Refuse
     Ok(())
 }
 
-fn snapshot(message: &Message) -> Result<(), Refused> {
+fn snapshot(message: &Message) -> Result<Machine, Refused> {
     let Some(snapshot) = &message.snapshot else {
         return Err(Refused::Shape);
     };
     if snapshot.index == 0 || snapshot.term == 0 || snapshot.configuration.voters.is_empty() {
         return Err(Refused::Shape);
     }
-    Machine::decode(&snapshot.data)?;
-    Ok(())
+    Ok(Machine::decode(&snapshot.data)?)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use parking_lot::RwLock;
 use raft::eraftpb as pb;
-use raft::{RawNode, StateRole};
+use raft::{ProgressState, RawNode, StateRole};
 use tokio::sync::oneshot;
 use tracing::{error, warn};
 
@@ -18,7 +18,7 @@ use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{Change as LogChange, Write};
 use crate::inspect::{Counters, GroupDetail, PeerProgress, TransferError};
 use crate::log::{GroupLog, HardState};
-use crate::machine::{Answer, LogEntry, Machine};
+use crate::machine::{Answer, GROUP_BYTES_MAX, LogEntry, Machine};
 use crate::planted::{self, Bug};
 use crate::voters::{self, MemberInfo, Step};
 use crate::wire::{Configuration, Entry, Message, MessageKind, Sleep, Snapshot};
@@ -86,6 +86,12 @@ const READ_RETRY_TICKS: u64 = 3;
 /// Ticks without anything to do after which a leader lets its group fall silent. Longer than a
 /// heartbeat interval, so that all followers know what is committed.
 const QUIET_TICKS: u64 = 10;
+
+/// Entries after a snapshot before another one is made for the log's bytes: the entries kept before
+/// a snapshot may be as large.
+const ENTRIES_BETWEEN: u64 = 64;
+/// Counted for each entry of a log beyond its data, when it is compared with the map.
+const ENTRY_BYTES: usize = 64;
 
 /// Who waits until a majority has confirmed that this replica's leader still leads.
 #[derive(Debug)]
@@ -169,6 +175,8 @@ pub(crate) struct Group {
     backlog: Vec<pb::Entry>,
     ready: Option<raft::Ready>,
     compaction: Option<Write>,
+    /// The map of a snapshot that came and may be installed in this round, with its bytes.
+    expected: Option<(Bytes, Machine)>,
     /// A replica was added that the snapshot does not know; it could not start from it.
     snapshot_wanted: bool,
     /// Rises when other replicas vote or follow.
@@ -228,6 +236,7 @@ impl Group {
             backlog: Vec::new(),
             ready: None,
             compaction: None,
+            expected: None,
             snapshot_wanted: false,
             configuration_number: 0,
             reconcile: true,
@@ -630,7 +639,7 @@ impl Group {
             Answer::Conflict { key, actual } => Err(ProposeError::Conflict { key, actual }),
             Answer::Full => Err(ProposeError::Full {
                 group: self.id,
-                limit: crate::machine::GROUP_BYTES_MAX,
+                limit: GROUP_BYTES_MAX,
             }),
         }
     }
@@ -843,6 +852,7 @@ impl Group {
             self.backlog = light.take_committed_entries();
             self.dirty = true;
         }
+        self.expected = None;
         self.tell_commit(out);
         let last = committed.last().map(|entry| entry.index).or(installed);
         Counters::add(&settings.counters.applied, committed.len() as u64);
@@ -904,6 +914,12 @@ impl Group {
         }
     }
 
+    /// The gate has read the map of a snapshot that comes with the next message.
+    pub(crate) fn expect_map(&mut self, message: &Message, map: Machine) {
+        let snapshot = message.snapshot.as_ref();
+        self.expected = snapshot.map(|snapshot| (snapshot.data.clone(), map));
+    }
+
     pub(crate) fn busy(&self) -> bool {
         self.dirty
             && (self.raw.has_ready() || !self.backlog.is_empty() || self.compaction.is_some())
@@ -911,7 +927,14 @@ impl Group {
 
     fn install(&mut self, snapshot: &pb::Snapshot, batches: &mut VecDeque<Batch>) {
         self.configuration_number += 1;
-        match Machine::decode(&snapshot.data) {
+        let same = |known: &Bytes| {
+            (known.as_ptr(), known.len()) == (snapshot.data.as_ptr(), snapshot.data.len())
+        };
+        let decoded = match self.expected.take() {
+            Some((data, machine)) if same(&data) => Ok(machine),
+            _ => Machine::decode(&snapshot.data),
+        };
+        match decoded {
             Ok(mut machine) => {
                 machine.applied = snapshot.get_metadata().index;
                 let revision = machine.last_stamp;
@@ -1008,6 +1031,25 @@ impl Group {
         Configuration::from_raft(&self.raw.raft.prs().conf().to_conf_state())
     }
 
+    /// Whether the log, with `since` applied entries after the snapshot, is to be replaced by a new
+    /// one. Where the map is larger than a log may be, only by one of its own size: what is written
+    /// for snapshots is then never more than for entries.
+    fn is_long(&self, since: u64, settings: &Settings) -> bool {
+        // A replica that a snapshot is on its way to needs the entries after it.
+        let mut others = self.raw.raft.prs().iter();
+        let awaited = others.any(|(_, progress)| progress.state == ProgressState::Snapshot);
+        let patience = if awaited { 2 } else { 1 };
+        let (log, map) = (self.raw.store(), self.machine.read().bytes() as usize);
+        if map > settings.compact_bytes {
+            return log.bytes_since() + since as usize * ENTRY_BYTES > map * patience;
+        }
+        let (entries, bytes) = (
+            settings.compact_entries * patience as u64,
+            settings.compact_bytes * patience,
+        );
+        since >= entries || (log.bytes() > bytes && since > ENTRIES_BETWEEN)
+    }
+
     fn compact(&mut self, settings: &Settings) {
         let mut applied = self.machine.read().applied;
         let log = self.raw.store();
@@ -1019,9 +1061,7 @@ impl Group {
             return;
         }
         let since = applied.saturating_sub(log.snapshot_index());
-        let long = since >= settings.compact_entries
-            || (log.bytes() > settings.compact_bytes && since > 64);
-        if !(long || std::mem::take(&mut self.snapshot_wanted)) {
+        if !(self.is_long(since, settings) || std::mem::take(&mut self.snapshot_wanted)) {
             return;
         }
         let (Ok(term), Ok(data)) = (
@@ -1037,9 +1077,9 @@ impl Group {
             configuration: self.configuration(),
             data: data.into(),
         };
+        let kept = settings.kept_entries;
         let log = self.raw.mut_store();
-        log.snapshot = Some(snapshot.clone());
-        log.compact(applied.saturating_sub(settings.kept_entries));
+        log.compact(snapshot.clone(), kept, GROUP_BYTES_MAX);
         let mut write = self.empty_write();
         write.snapshot = Some(snapshot);
         self.compaction = Some(write);

@@ -39,6 +39,8 @@ const WATCH_BACKLOG: usize = 8192;
 /// First pause before a proposal is tried again; doubles up to [`RETRY_PAUSE_MAX`].
 pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(15);
 pub(crate) const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
+/// Bytes in a piece of a snapshot: a few are on their way at once, and heartbeats wait behind them.
+const PIECE_BYTES: usize = 256 * 1024;
 
 /// How bytes reach another member.
 #[async_trait]
@@ -153,6 +155,7 @@ impl Host {
             compact_entries: config.compact_entries,
             compact_bytes: 8 * 1024 * 1024,
             kept_entries: 200,
+            piece_bytes: PIECE_BYTES,
             counters: Arc::default(),
         };
         let counters = Arc::clone(&settings.counters);

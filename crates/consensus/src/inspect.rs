@@ -104,8 +104,10 @@ pub struct Counters {
     pub slept: AtomicU64,
     /// Messages of other members that the gate refused.
     pub refused: AtomicU64,
-    /// Snapshots sent to other replicas.
+    /// Snapshots sent to other replicas, whole.
     pub snapshots_sent: AtomicU64,
+    /// Pieces of large snapshots sent, repeated ones too.
+    pub snapshot_pieces_sent: AtomicU64,
     /// Snapshots of other replicas that replaced what was here.
     pub snapshots_installed: AtomicU64,
 }

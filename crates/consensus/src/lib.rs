@@ -24,6 +24,7 @@ mod planted;
 mod replica;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
+mod snapshots;
 mod voters;
 mod wal;
 mod wire;

@@ -25,6 +25,8 @@ pub(crate) struct GroupLog {
     start: (u64, u64),
     entries: VecDeque<pb::Entry>,
     bytes: usize,
+    /// What of `bytes` the newest snapshot made here covers.
+    covered_bytes: usize,
     /// A snapshot was asked for that is not there: it does not know the replica that needs it.
     snapshot_asked: AtomicBool,
 }
@@ -42,6 +44,7 @@ impl GroupLog {
             start,
             entries: VecDeque::new(),
             bytes: 0,
+            covered_bytes: 0,
             snapshot_asked: AtomicBool::new(false),
         };
         for entry in entries {
@@ -69,6 +72,11 @@ impl GroupLog {
 
     pub(crate) const fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Bytes of the entries after the newest snapshot made here.
+    pub(crate) const fn bytes_since(&self) -> usize {
+        self.bytes.saturating_sub(self.covered_bytes)
     }
 
     pub(crate) fn snapshot_index(&self) -> u64 {
@@ -113,21 +121,25 @@ impl GroupLog {
     pub(crate) fn install(&mut self, snapshot: Snapshot) {
         self.start = (snapshot.index, snapshot.term);
         self.entries.clear();
-        self.bytes = 0;
+        (self.bytes, self.covered_bytes) = (0, 0);
         self.hard_state.commit = self.hard_state.commit.max(snapshot.index);
         self.hard_state.term = self.hard_state.term.max(snapshot.term);
         self.snapshot = Some(snapshot);
     }
 
-    /// Drops the entries up to `index`, which the snapshot must cover.
-    pub(crate) fn compact(&mut self, index: u64) {
-        while self.start.0 < index {
+    /// Puts a snapshot of what is here in force. Of the entries before it the last `kept` stay, as
+    /// far as the log does not have more than `bytes` then.
+    pub(crate) fn compact(&mut self, snapshot: Snapshot, kept: u64, bytes: usize) {
+        let (covered, index) = (snapshot.index, snapshot.index.saturating_sub(kept));
+        self.snapshot = Some(snapshot);
+        while self.start.0 < index || (self.start.0 < covered && self.bytes > bytes) {
             let Some(entry) = self.entries.pop_front() else {
                 break;
             };
             self.bytes -= entry.data.len();
             self.start = (entry.index, entry.term);
         }
+        self.covered_bytes = self.bytes;
     }
 }
 
@@ -214,5 +226,44 @@ impl raft::Storage for GroupLog {
                 Err(StorageError::SnapshotTemporarilyUnavailable.into())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::wire::EntryKind;
+
+    fn entries(indices: std::ops::RangeInclusive<u64>) -> Vec<Entry> {
+        indices
+            .map(|index| Entry {
+                kind: EntryKind::Normal,
+                term: 1,
+                index,
+                data: Bytes::from_static(&[7; 100]),
+                context: Bytes::new(),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn entries_before_a_snapshot_are_kept_by_number_and_bytes() {
+        let snapshot = |index| Snapshot {
+            index,
+            term: 1,
+            configuration: Configuration::default(),
+            data: Bytes::new(),
+        };
+        let mut log = GroupLog::new(HardState::default(), None, (0, 0), entries(1..=20));
+        log.compact(snapshot(20), 10, 10_000);
+        assert_eq!((log.first(), log.bytes(), log.bytes_since()), (11, 1000, 0));
+        log.append(entries(21..=30).into_iter().map(Entry::into_raft).collect());
+        assert_eq!(log.bytes_since(), 1000);
+        log.compact(snapshot(30), 10, 500);
+        assert_eq!((log.first(), log.last(), log.bytes()), (26, 30, 500));
+        log.compact(snapshot(30), 10, 0);
+        assert_eq!((log.first(), log.start()), (31, (30, 1)));
     }
 }

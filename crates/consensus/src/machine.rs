@@ -19,9 +19,9 @@ const SNAPSHOT_VERSION: u8 = 2;
 /// proposer gives up after seconds; at this size the memory spans more than that at full load.
 const REMEMBERED_REQUESTS: usize = 2048;
 
-/// Keys and values of one group may take this many bytes (12 MiB); a snapshot stays inside one
-/// record with room for its index.
-pub const GROUP_BYTES_MAX: usize = 12 * 1024 * 1024;
+/// Keys and values of one group may take this many bytes (64 MiB). The rest of
+/// [`codec::LARGE_RECORD_BYTES_MAX`] is for the answers that a snapshot remembers.
+pub const GROUP_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Counted for each entry beyond its key and value.
 const ENTRY_OVERHEAD: usize = 64;
 
@@ -307,17 +307,17 @@ impl Machine {
             let mut forgetful = self.clone();
             forgetful.answers.clear();
             forgetful.order.clear();
-            return codec::encode(SNAPSHOT_VERSION, &forgetful);
+            return codec::encode_large(SNAPSHOT_VERSION, &forgetful);
         }
-        codec::encode(SNAPSHOT_VERSION, self)
+        codec::encode_large(SNAPSHOT_VERSION, self)
     }
 
     /// What [`Machine::encode`] made; an empty record is the empty map.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
         match bytes.first() {
             None => Ok(Self::default()),
-            Some(1) => codec::decode::<Machine1>(1, bytes, RECORD_BYTES_MAX).map(Self::from),
-            Some(_) => codec::decode(SNAPSHOT_VERSION, bytes, RECORD_BYTES_MAX),
+            Some(1) => codec::decode_large::<Machine1>(1, bytes).map(Self::from),
+            Some(_) => codec::decode_large(SNAPSHOT_VERSION, bytes),
         }
     }
 }
@@ -437,7 +437,7 @@ mod tests {
         let mut machine = Machine::default();
         let big = Bytes::from(vec![0; 2_000_000]);
         let mut full = false;
-        for index in 1..10_u64 {
+        for index in 1..40_u64 {
             let (answer, _) = machine.apply(
                 1,
                 index,
@@ -455,12 +455,14 @@ mod tests {
         }
         assert!(full);
         assert!(machine.bytes() <= GROUP_BYTES_MAX as u64);
+        let encoded = machine.encode().unwrap();
+        assert_eq!(Machine::decode(&encoded).unwrap(), machine);
         let (answer, changes) = machine.apply(
             1,
-            11,
+            41,
             entry(
-                11,
-                11,
+                41,
+                41,
                 vec![Operation::Delete {
                     key: "k1".to_owned(),
                     expect: Expect::Present,

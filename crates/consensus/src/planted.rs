@@ -38,12 +38,15 @@ pub enum Bug {
     ClockForgotten,
     /// Stamps are taken for closed although entries with such stamps are still under way.
     ClosedAtCommit,
+    /// A piece of a snapshot is put behind the others wherever it belongs, and the whole is not
+    /// compared with its checksum.
+    PieceOrderIgnored,
 }
 
 #[cfg(any(test, feature = "simulation"))]
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::AcknowledgedBeforeSync,
         Self::VoteNotWritten,
         Self::TermNotWritten,
@@ -61,6 +64,7 @@ impl Bug {
         Self::ReadBackNotSynced,
         Self::ClockForgotten,
         Self::ClosedAtCommit,
+        Self::PieceOrderIgnored,
     ];
 }
 

@@ -144,6 +144,7 @@ impl Replica {
                 break;
             }
         }
+        self.disk.store_slice()?;
         self.write_again()
     }
 
@@ -189,5 +190,94 @@ impl Replica {
 
     pub(crate) fn update_status(&mut self, known: &mut BTreeMap<GroupId, GroupStatus>) -> bool {
         self.core.update_status(known)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+    use krake_model::ids::FederationId;
+
+    use super::*;
+    use crate::command::{Expect, Operation};
+    use crate::disk::create_in;
+    use crate::medium::memory::MemoryDirectory;
+    use crate::wal::Owner;
+
+    struct Alone;
+
+    impl Effects for Alone {
+        fn send(&mut self, _: NodeId, _: &Frame) -> bool {
+            false
+        }
+
+        fn applied(&mut self, _: &BTreeMap<GroupId, Group>, _: VecDeque<Batch>) {}
+    }
+
+    const COMPACT_ENTRIES: u64 = 100;
+    const COMPACT_BYTES: usize = 100_000;
+
+    fn alone() -> Replica {
+        let owner = Owner {
+            federation: FederationId::from_bytes([1; 32]),
+            node: NodeId::from_bytes([2; 32]),
+        };
+        let directory = Arc::<MemoryDirectory>::default();
+        create_in(&*directory, owner).ok().unwrap();
+        let settings = Settings {
+            replica: 1,
+            election_ticks: 6,
+            heartbeat_ticks: 3,
+            boot_nonce: 1,
+            seed: 1,
+            compact_entries: COMPACT_ENTRIES,
+            compact_bytes: COMPACT_BYTES,
+            kept_entries: 10,
+            piece_bytes: 1024,
+            counters: Arc::default(),
+        };
+        let (disk, groups) =
+            Disk::open_in(Box::new(directory), Path::new("memory"), owner).unwrap();
+        let mut replica = Replica::new(settings, disk, groups).unwrap();
+        replica.bootstrap(vec![GroupId::META]).unwrap();
+        replica.rounds(&mut Alone).unwrap();
+        replica
+    }
+
+    /// Writes so often, and returns how many snapshots were made.
+    fn snapshots_while(replica: &mut Replica, writes: u64, key: impl Fn(u64) -> String) -> u64 {
+        let snapshot = |replica: &Replica| replica.details()[0].snapshot;
+        let mut made = 0;
+        for number in 0..writes {
+            let before = snapshot(replica);
+            let (reply, mut answer) = oneshot::channel();
+            let put = Operation::Put {
+                key: key(number),
+                value: Bytes::from(vec![7; 1000]),
+                expect: Expect::Any,
+            };
+            let now = Timestamp::from_millis(1);
+            replica.propose(GroupId::META, Command::new(vec![put]), reply, now);
+            replica.rounds(&mut Alone).unwrap();
+            assert!(matches!(answer.try_recv(), Ok(Outcome::Done(Ok(_)))));
+            made += u64::from(snapshot(replica) != before);
+        }
+        made
+    }
+
+    #[test]
+    fn snapshots_of_a_large_group_are_no_more_than_what_is_written() {
+        let mut replica = alone();
+        let small = snapshots_while(&mut replica, 1000, |_| "key".to_owned());
+        assert!((10..=12).contains(&small), "{small} snapshots");
+        snapshots_while(&mut replica, 1000, |number| number.to_string());
+        let map = replica.core.groups[&GroupId::META].machine.read().bytes();
+        assert!(map > 10 * COMPACT_BYTES as u64);
+        let large = snapshots_while(&mut replica, 5000, |number| (number % 1000).to_string());
+        assert!((3..=5).contains(&large), "{large} snapshots of {map} bytes");
+        assert!(replica.details()[0].log_bytes < 2 * map as usize);
     }
 }

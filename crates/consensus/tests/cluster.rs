@@ -7,8 +7,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use krake_consensus::{Command, Expect, Host, Operation, ProposeError, RequestId, TransferError};
-use krake_model::ids::GroupId;
+use krake_consensus::{
+    Backup, BackupWriter, Command, Expect, Host, Operation, ProposeError, RequestId, TransferError,
+};
+use krake_model::ids::{FederationId, GroupId};
+use krake_model::time::Timestamp;
 use support::{Cluster, LIMIT, formed, groups, members, node};
 
 fn put(key: &str, value: &str, expect: Expect) -> Command {
@@ -220,4 +223,59 @@ async fn an_operator_sees_every_group_and_hands_leadership_over_through_any_node
         matches!(silent, Err(TransferError::Silent { .. })),
         "{silent:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_larger_than_a_frame_reaches_a_new_member_in_pieces_each_sent_once() {
+    const PIECE: u64 = 256 * 1024;
+    let mut cluster = Cluster::new();
+    cluster.tick = Duration::from_millis(100);
+    let mut hosts = formed(&mut cluster, 3).await;
+    let group = GroupId::of_shard(1);
+    let value = |number: u8| Bytes::from(vec![number; 1_000_000]);
+    for number in 0..20 {
+        let command = Command::new(vec![Operation::Put {
+            key: format!("key-{number:02}"),
+            value: value(number),
+            expect: Expect::Absent,
+        }]);
+        hosts[0].propose(group, command, LIMIT).await.unwrap();
+    }
+    // It is lost in the middle, and found again.
+    *cluster.net.cut_after.write() = Some((node(4), 10));
+    hosts.push(cluster.start(4));
+    for host in &hosts {
+        host.set_members(members(&[1, 2, 3, 4])).await;
+    }
+    let net = cluster.net.clone();
+    support::until("it is cut off", || net.cut.read().contains(&node(4))).await;
+    assert!(hosts[3].get(group, "key-00").is_none());
+    net.cut.write().clear();
+    support::until("it has all", || hosts[3].list(group, "key-").0.len() == 20).await;
+    let sent: u64 = hosts
+        .iter()
+        .map(|host| host.counters().snapshot_pieces_sent.load(Ordering::Relaxed))
+        .sum();
+    let whole = 20_000_000_u64.div_ceil(PIECE);
+    let lost_at_most = 4;
+    assert!(
+        (whole..=whole + lost_at_most).contains(&sent),
+        "{sent} pieces, {whole} would do"
+    );
+
+    // Its files hold a group of this size, too.
+    cluster.kill(4).await;
+    hosts[3] = cluster.start(4);
+    hosts[3].set_members(members(&[1, 2, 3, 4])).await;
+    hosts[3].read_barrier(&[group], LIMIT).await.unwrap();
+    for (number, (_, entry)) in hosts[3].list(group, "key-").0.into_iter().enumerate() {
+        assert_eq!(entry.value, value(number as u8));
+    }
+    let mut writer = BackupWriter::default();
+    let begun = writer.begin(FederationId::from_bytes([7; 32]), Timestamp::from_millis(1));
+    let mut bytes = begun.unwrap().to_vec();
+    let state = hosts[3].group_backup(group).unwrap().unwrap();
+    bytes.extend_from_slice(&writer.group(group, state).unwrap());
+    bytes.extend_from_slice(&writer.end().unwrap());
+    assert_eq!(Backup::read(&bytes).unwrap().list(group, "key-").len(), 20);
 }

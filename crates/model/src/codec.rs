@@ -10,8 +10,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-/// No frame or record is larger than this (16 MiB): a snapshot travels in chunks.
+/// No frame or record is larger than this (16 MiB), apart from those of [`encode_large`].
 pub const RECORD_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// The state of a whole group in one record (80 MiB): on the disk and in backups, never in one
+/// message.
+pub const LARGE_RECORD_BYTES_MAX: usize = 80 * 1024 * 1024;
 
 /// A record could not be encoded or decoded.
 #[derive(Debug, Error)]
@@ -49,8 +52,8 @@ pub enum CodecError {
     Encode(#[source] bincode::error::EncodeError),
 }
 
-fn config() -> impl bincode::config::Config {
-    bincode::config::legacy().with_limit::<RECORD_BYTES_MAX>()
+const fn config<const LIMIT: usize>() -> impl bincode::config::Config {
+    bincode::config::legacy().with_limit::<LIMIT>()
 }
 
 /// Encodes `value` behind the version byte.
@@ -58,13 +61,32 @@ fn config() -> impl bincode::config::Config {
 /// # Errors
 /// When the value cannot be encoded or exceeds [`RECORD_BYTES_MAX`].
 pub fn encode<T: Serialize>(version: u8, value: &T) -> Result<Vec<u8>, CodecError> {
+    encode_within::<RECORD_BYTES_MAX, T>(version, value)
+}
+
+/// As [`encode`], for a value of up to [`LARGE_RECORD_BYTES_MAX`]; to be read with
+/// [`decode_large`]. The bytes are the same.
+///
+/// # Errors
+/// When the value cannot be encoded or exceeds [`LARGE_RECORD_BYTES_MAX`].
+pub fn encode_large<T: Serialize>(version: u8, value: &T) -> Result<Vec<u8>, CodecError> {
+    let mut bytes = encode_within::<LARGE_RECORD_BYTES_MAX, T>(version, value)?;
+    // It is kept for long, and may have grown to twice its size.
+    bytes.shrink_to_fit();
+    Ok(bytes)
+}
+
+fn encode_within<const LIMIT: usize, T: Serialize>(
+    version: u8,
+    value: &T,
+) -> Result<Vec<u8>, CodecError> {
     let mut bytes = vec![version];
-    bincode::serde::encode_into_std_write(value, &mut bytes, config())
+    bincode::serde::encode_into_std_write(value, &mut bytes, config::<LIMIT>())
         .map_err(CodecError::Encode)?;
-    if bytes.len() > RECORD_BYTES_MAX {
+    if bytes.len() > LIMIT {
         return Err(CodecError::TooLarge {
             found: bytes.len() - 1,
-            limit: RECORD_BYTES_MAX,
+            limit: LIMIT,
         });
     }
     Ok(bytes)
@@ -85,6 +107,27 @@ pub fn decode<T: DeserializeOwned>(
             limit: limit.min(RECORD_BYTES_MAX),
         });
     }
+    decode_within::<RECORD_BYTES_MAX, T>(version, bytes)
+}
+
+/// As [`decode`], for what [`encode_large`] made: at most [`LARGE_RECORD_BYTES_MAX`].
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_large<T: DeserializeOwned>(version: u8, bytes: &[u8]) -> Result<T, CodecError> {
+    decode_within::<LARGE_RECORD_BYTES_MAX, T>(version, bytes)
+}
+
+fn decode_within<const LIMIT: usize, T: DeserializeOwned>(
+    version: u8,
+    bytes: &[u8],
+) -> Result<T, CodecError> {
+    if bytes.len() > LIMIT {
+        return Err(CodecError::TooLarge {
+            found: bytes.len(),
+            limit: LIMIT,
+        });
+    }
     let (&found, payload) = bytes.split_first().ok_or(CodecError::Empty)?;
     if found != version {
         return Err(CodecError::Version {
@@ -92,8 +135,8 @@ pub fn decode<T: DeserializeOwned>(
             supported: version,
         });
     }
-    let (value, consumed) =
-        bincode::serde::decode_from_slice(payload, config()).map_err(CodecError::Decode)?;
+    let (value, consumed) = bincode::serde::decode_from_slice(payload, config::<LIMIT>())
+        .map_err(CodecError::Decode)?;
     if consumed != payload.len() {
         return Err(CodecError::Trailing {
             count: payload.len() - consumed,
@@ -141,6 +184,27 @@ mod tests {
         ));
         assert!(matches!(
             decode::<Vec<u8>>(2, &bytes, 4),
+            Err(CodecError::TooLarge { .. })
+        ));
+    }
+
+    #[test]
+    fn a_large_record_has_the_same_bytes_and_its_own_limit() {
+        let small = ("a".to_owned(), 7_u64);
+        assert_eq!(encode_large(1, &small).unwrap(), encode(1, &small).unwrap());
+        let large = "x".repeat(RECORD_BYTES_MAX + 1);
+        assert!(encode(1, &large).is_err());
+        let bytes = encode_large(1, &large).unwrap();
+        assert!(matches!(
+            decode::<String>(1, &bytes, usize::MAX),
+            Err(CodecError::TooLarge { .. })
+        ));
+        assert_eq!(decode_large::<String>(1, &bytes).unwrap(), large);
+        drop((large, bytes));
+        assert!(encode_large(1, &"x".repeat(LARGE_RECORD_BYTES_MAX)).is_err());
+        let beyond = vec![1; LARGE_RECORD_BYTES_MAX + 1];
+        assert!(matches!(
+            decode_large::<String>(1, &beyond),
             Err(CodecError::TooLarge { .. })
         ));
     }

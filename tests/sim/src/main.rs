@@ -90,6 +90,7 @@ struct Total {
     faults: usize,
     slept: u64,
     closed: usize,
+    pieces: u64,
     simulated_ms: u64,
     red: Vec<Report>,
 }
@@ -102,6 +103,7 @@ impl Total {
         self.faults += report.faults;
         self.slept += report.slept;
         self.closed += report.closed;
+        self.pieces += report.pieces;
         self.simulated_ms += report.simulated_ms;
         if report.violation.is_some() {
             self.red.push(report);
@@ -146,6 +148,7 @@ fn all(arguments: &Arguments, scenario: &Scenario, threads: usize, stop_at_first
             sum.faults += total.faults;
             sum.slept += total.slept;
             sum.closed += total.closed;
+            sum.pieces += total.pieces;
             sum.simulated_ms += total.simulated_ms;
             sum.red.extend(total.red);
         }
@@ -169,13 +172,14 @@ fn replay(arguments: &Arguments, scenario: &Scenario, seed: u64) -> String {
 fn say(total: &Total, took: Duration) {
     let simulated = total.simulated_ms as f64 / 1000.0;
     println!(
-        "{} runs, {} operations answered, {} without an answer, {} faults, groups fell silent {} times, stamps were closed {} times; {:.1} h simulated in {:.1} s: {:.0} times real time",
+        "{} runs, {} operations answered, {} without an answer, {} faults, groups fell silent {} times, stamps were closed {} times, {} pieces of snapshots; {:.1} h simulated in {:.1} s: {:.0} times real time",
         total.runs,
         total.answered,
         total.unknown,
         total.faults,
         total.slept,
         total.closed,
+        total.pieces,
         simulated / 3600.0,
         took.as_secs_f64(),
         simulated / took.as_secs_f64()

@@ -7,7 +7,7 @@
 //! any of the sectors that were not synced may be lost), have full or slow disks, find a bit
 //! flipped, are paused, have clocks that drift and are put forward and back, join and leave while writes run,
 //! and are replaced as voters when they are away. Now and then nobody asks for anything, so that
-//! groups fall silent.
+//! groups fall silent. Snapshots travel in pieces of a few hundred bytes.
 //!
 //! What is checked: after every step that no two nodes lead a group in one term, that no replica
 //! votes twice in a term, that all replicas agree on every committed entry and on the state at
@@ -71,6 +71,8 @@ pub struct Report {
     pub slept: u64,
     /// Times that a leader closed the stamps of a group.
     pub closed: usize,
+    /// Pieces of snapshots that were sent.
+    pub pieces: u64,
     /// Simulated milliseconds.
     pub simulated_ms: u64,
     /// A number made of all that happened: equal runs have equal ones.
@@ -94,13 +96,14 @@ mod tests {
     #[test]
     fn seeds_of_the_smoke_set_are_green_and_repeat() {
         let scenario = Scenario::smoke();
-        let (mut answered, mut slept, mut closed) = (0, 0, 0);
+        let (mut answered, mut slept, mut closed, mut pieces) = (0, 0, 0, 0);
         for seed in 0..40 {
             let report = run(seed, &scenario);
             assert_eq!(report.violation, None, "seed {seed}: {report:?}");
             answered += report.answered;
             slept += report.slept;
             closed += report.closed;
+            pieces += report.pieces;
             if seed % 10 == 0 {
                 assert_eq!(run(seed, &scenario), report, "seed {seed} does not repeat");
             }
@@ -108,6 +111,7 @@ mod tests {
         assert!(answered > 4000, "too little happened: {answered}");
         assert!(slept > 100, "groups fell silent only {slept} times");
         assert!(closed > 4000, "stamps were closed only {closed} times");
+        assert!(pieces > 1000, "snapshots had only {pieces} pieces");
     }
 
     /// Those that few seeds find; `krake-sim --bug all` looks for all.
@@ -124,6 +128,7 @@ mod tests {
             Bug::SegmentDroppedEarly,
             Bug::SnapshotNotSynced,
             Bug::ClosedAtCommit,
+            Bug::PieceOrderIgnored,
         ] {
             let scenario = Scenario {
                 bug: Some(bug),

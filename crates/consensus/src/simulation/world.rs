@@ -43,6 +43,8 @@ const AWAY: u64 = 10 * SECOND;
 const RECOVERY: u64 = 5 * SECOND;
 /// A segment of the log is small, so that many come and go.
 const SEGMENT: u64 = 24 * 1024;
+/// So much of a snapshot is written at once, so that most take several rounds.
+const SLICE: usize = 2000;
 /// The first moment of wall clocks: 2026-01-01.
 const EPOCH_MS: i64 = 1_767_225_600_000;
 
@@ -245,6 +247,7 @@ struct World<'a> {
     checks: Checks,
     compact_entries: u64,
     kept_entries: u64,
+    piece_bytes: usize,
     calm: bool,
     /// Clients do nothing until then.
     lull_until: u64,
@@ -279,6 +282,7 @@ pub(super) fn run(seed: u64, scenario: &Scenario) -> Report {
         faults: world.faults,
         slept: world.counters.slept.load(Ordering::Relaxed),
         closed: world.closed,
+        pieces: world.counters.snapshot_pieces_sent.load(Ordering::Relaxed),
         simulated_ms: world.now / 1000,
         trace: u64::from_le_bytes(trace),
         violation,
@@ -330,6 +334,7 @@ impl<'a> World<'a> {
             checks: Checks::default(),
             compact_entries: random.random_range(15..80),
             kept_entries: random.random_range(0..30),
+            piece_bytes: random.random_range(64..=512),
             calm: false,
             lull_until: 0,
             counters: Arc::default(),
@@ -498,6 +503,7 @@ impl<'a> World<'a> {
 
     fn start(&mut self, replica: u64) -> Result<(), String> {
         let (compact_entries, kept_entries) = (self.compact_entries, self.kept_entries);
+        let piece_bytes = self.piece_bytes;
         let Some(node) = self.nodes.get_mut(&replica) else {
             return Ok(());
         };
@@ -515,12 +521,14 @@ impl<'a> World<'a> {
             compact_entries,
             compact_bytes: 64 * 1024,
             kept_entries,
+            piece_bytes,
             counters: Arc::clone(&self.counters),
         };
         let directory = Box::new(Arc::clone(&node.directory));
         let opened = Disk::open_in(directory, Path::new("simulated"), owner(replica)).and_then(
             |(mut disk, groups)| {
                 disk.limit_segments(SEGMENT);
+                disk.limit_slices(SLICE);
                 Replica::new(settings, disk, groups)
             },
         );

@@ -13,11 +13,29 @@ use krake_model::time::Timestamp;
 use parking_lot::RwLock;
 
 pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LARGE: usize = 100_000;
 
 #[derive(Default)]
 pub struct Net {
     pub hosts: RwLock<BTreeMap<NodeId, Host>>,
     pub cut: RwLock<BTreeSet<NodeId>>,
+    /// After so many frames of more than [`LARGE`] bytes to this node it is cut off.
+    pub cut_after: RwLock<Option<(NodeId, usize)>>,
+}
+
+impl Net {
+    fn count(&self, to: NodeId, bytes: usize) {
+        let mut cut_after = self.cut_after.write();
+        if let Some((node, left)) = cut_after.as_mut().filter(|(node, _)| *node == to)
+            && bytes > LARGE
+        {
+            *left -= 1;
+            if *left == 0 {
+                self.cut.write().insert(*node);
+                *cut_after = None;
+            }
+        }
+    }
 }
 
 pub struct Link {
@@ -38,6 +56,7 @@ impl Link {
 #[async_trait]
 impl Transport for Link {
     fn send(&self, to: NodeId, frame: Vec<u8>) -> bool {
+        self.net.count(to, frame.len());
         self.reach(to)
             .map(|host| host.receive(self.own, &frame))
             .is_some()

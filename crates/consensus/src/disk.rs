@@ -887,6 +887,36 @@ mod tests {
     }
 
     #[test]
+    fn the_clock_is_kept_in_these_bytes_and_damage_to_it_is_an_error() {
+        let directory = Arc::<MemoryDirectory>::default();
+        create_in(&*directory, owner()).ok().unwrap();
+        let open = || Disk::open_in(Box::new(Arc::clone(&directory)), Path::new(PATH), owner());
+        let (mut disk, _) = open().unwrap();
+        assert_eq!(disk.clock(), Revision::NONE);
+        disk.keep_clock(Revision::from_number(0x1234)).unwrap();
+        assert_eq!(open().unwrap().0.clock(), Revision::from_number(0x1234));
+        let mut bytes = directory.read(CLOCK).unwrap();
+        assert_eq!(
+            hex::encode(&bytes),
+            concat!(
+                "0900000060fcd62a01000000000000008dd0b4004b524b46",
+                "013412000000000000000000000000004b524b4652414d45"
+            )
+        );
+        bytes[25] ^= 1;
+        directory
+            .create(CLOCK)
+            .unwrap()
+            .write_at(0, &bytes)
+            .unwrap();
+        let error = open().unwrap_err();
+        assert!(
+            error.to_string().starts_with("catalog/clock is damaged"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn what_was_acknowledged_is_there_after_a_power_cut_at_any_moment() {
         for seed in 0..200 {
             let mut random = StdRng::seed_from_u64(seed);

@@ -551,6 +551,7 @@ mod tests {
         let wanted = Frame {
             pieces: Vec::new(),
             received: Vec::new(),
+            clock: Revision::NONE,
             ..frame()
         };
         assert_eq!(read.encode().unwrap(), wanted.encode().unwrap());
@@ -576,6 +577,20 @@ mod tests {
         assert_eq!(
             hex::encode(reply.encode().unwrap()),
             "0101000000010300000000000000"
+        );
+        let close = Call::Close {
+            groups: vec![GroupId::META],
+            at: Revision::from_number(0x1234),
+            patience: 250,
+        };
+        assert_eq!(
+            hex::encode(close.encode().unwrap()),
+            "01020000000100000000000000000000003412000000000000fa000000"
+        );
+        let closed = CallReply::Closed(vec![(GroupId::META, 7)]);
+        assert_eq!(
+            hex::encode(closed.encode().unwrap()),
+            "010300000001000000000000000000000007000000000000"
         );
     }
 

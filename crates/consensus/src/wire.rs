@@ -590,7 +590,7 @@ mod tests {
         let closed = CallReply::Closed(vec![(GroupId::META, 7)]);
         assert_eq!(
             hex::encode(closed.encode().unwrap()),
-            "010300000001000000000000000000000007000000000000"
+            "01030000000100000000000000000000000700000000000000"
         );
     }
 

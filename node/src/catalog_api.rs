@@ -19,7 +19,7 @@ use krake_catalog_client::protocol::{
     self, Ask, Changed, Freshness, PAGE_BYTES, PAGE_ENTRIES_MAX, REQUEST_BYTES_MAX, Refusal, Reply,
     Request, Response, UNASKED, UPGRADE, write_frame,
 };
-use krake_consensus::{Change, Compacted, Entry};
+use krake_consensus::{Change, Compacted, Entry, Staleness};
 use krake_model::{GroupId, Revision};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
@@ -385,13 +385,24 @@ impl Connection {
 
     async fn get(&self, group: GroupId, key: &str, freshness: Freshness) -> Result<Reply, Refusal> {
         self.fresh(group, freshness).await?;
-        // In this order: the entry is at least as new as the revision says.
-        let revision = self.api.catalog.host.revision(group);
-        let entry = self.api.catalog.host.get(group, key);
-        Ok(Reply::Value {
-            revision,
-            entry,
-            leader: self.api.catalog.host.leader(group),
+        // In this order: the entry is at least as new as the others say.
+        let host = &self.api.catalog.host;
+        let Staleness { index, age } = host.staleness(group);
+        let revision = host.revision(group);
+        let entry = host.get(group, key);
+        Ok(if freshness == Freshness::Stale {
+            Reply::Stale {
+                revision,
+                index,
+                age_ms: age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+                entry,
+            }
+        } else {
+            Reply::Value {
+                revision,
+                entry,
+                leader: host.leader(group),
+            }
         })
     }
 

@@ -35,6 +35,13 @@ fn gauges(registry: &mut Registry, federation: &Federation, owned: usize) {
     gauge("groups", "Groups with a replica here", groups.len());
     let led = groups.values().filter(|group| group.leads).count();
     gauge("groups_led", "Groups this node leads", led);
+    let counters = federation.catalog.host.counters();
+    let ahead = counters.stamps_ahead_ms.load(Ordering::Relaxed) / 1000;
+    gauge(
+        "stamps_ahead_seconds",
+        "How far the catalog's stamps are ahead of this node's clock",
+        ahead as usize,
+    );
     let leaderless = groups
         .values()
         .filter(|group| group.leader.is_none())

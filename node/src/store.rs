@@ -9,7 +9,8 @@ use async_trait::async_trait;
 use krake_consensus::{Batch, Command, Entry, Expect, Operation, ProposeError, ReadError};
 use krake_kube_api::store::{modified, set_revision};
 use krake_kube_api::{
-    ApiError, Event, EventKind, EventLog, EventObject, Freshness, Kind, Listing, Scope, Store,
+    ApiError, Event, EventKind, EventLog, EventObject, Freshness, Kind, Listing, Scope, Staleness,
+    Store,
 };
 use krake_model::{AppKey, GroupId, Revision};
 use parking_lot::Mutex;
@@ -480,6 +481,22 @@ impl Store for CatalogStore {
         Ok(Listing {
             items: items.into_iter().map(|(_, object)| object).collect(),
             revision: revision.number(),
+        })
+    }
+
+    fn staleness(&self, kind: &Kind, scope: Scope<'_>) -> Option<Staleness> {
+        let groups = self.groups(kind, scope);
+        let all = groups
+            .iter()
+            .map(|group| self.catalog.host.staleness(*group));
+        let all: Vec<krake_consensus::Staleness> = all.collect();
+        let ages: Option<Vec<Duration>> = all.iter().map(|one| one.age).collect();
+        Some(Staleness {
+            age: ages.and_then(|ages| ages.into_iter().max()),
+            index: match all[..] {
+                [one] => Some(one.index),
+                _ => None,
+            },
         })
     }
 

@@ -98,8 +98,10 @@ async fn reads_writes_and_watches(net: &Testnet) {
         assert_eq!(entry.value, value);
     }
     // What was told is there.
-    let (entry, _) = third.get(group, key, Freshness::Stale).await.unwrap();
-    assert_eq!(entry.unwrap().modified, newer.revision);
+    let stale = third.get_stale(group, key).await.unwrap();
+    assert_eq!(stale.entry.unwrap().modified, newer.revision);
+    assert!(stale.revision >= newer.revision && stale.index >= newer.index);
+    assert!(stale.age.unwrap() < SOON, "{:?}", stale.age);
     // A watch goes on at another node from what one node told.
     let after = Some(committed.revision);
     let mut elsewhere = first.watch(group, key, after).await.unwrap();

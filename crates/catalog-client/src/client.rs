@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request as HttpRequest, StatusCode, header};
@@ -157,6 +158,20 @@ pub(crate) fn get(group: GroupId, key: &str, freshness: Freshness) -> Ask {
     }
 }
 
+/// What a node's replica has of a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StaleValue {
+    /// `None`: there is no such key.
+    pub entry: Option<Entry>,
+    /// The replica had at least everything up to here.
+    pub revision: Revision,
+    /// Index of the last log entry that it had applied.
+    pub index: u64,
+    /// How long ago the node heard last from the group's leader; zero where it leads, `None` when it
+    /// knows of no leader.
+    pub age: Option<Duration>,
+}
+
 /// What a write is answered with.
 pub(crate) fn committed(reply: Reply) -> Result<Committed, CatalogError> {
     match reply {
@@ -169,6 +184,9 @@ pub(crate) fn committed(reply: Reply) -> Result<Committed, CatalogError> {
 pub(crate) fn value(reply: Reply) -> Result<(Option<Entry>, Revision), CatalogError> {
     match reply {
         Reply::Value {
+            revision, entry, ..
+        }
+        | Reply::Stale {
             revision, entry, ..
         } => Ok((entry, revision)),
         _ => Err(CatalogError::Unexpected),
@@ -321,6 +339,27 @@ impl CatalogClient {
         freshness: Freshness,
     ) -> Result<(Option<Entry>, Revision), CatalogError> {
         value(self.ask(get(group, key, freshness)).await?)
+    }
+
+    /// Reads a key as the node's replica has it, with how far behind it may be.
+    ///
+    /// # Errors
+    /// As of [`CatalogClient::get`].
+    pub async fn get_stale(&self, group: GroupId, key: &str) -> Result<StaleValue, CatalogError> {
+        match self.ask(get(group, key, Freshness::Stale)).await? {
+            Reply::Stale {
+                revision,
+                index,
+                age_ms,
+                entry,
+            } => Ok(StaleValue {
+                entry,
+                revision,
+                index,
+                age: age_ms.map(Duration::from_millis),
+            }),
+            _ => Err(CatalogError::Unexpected),
+        }
     }
 
     /// Reads the first page of what begins with `prefix`.

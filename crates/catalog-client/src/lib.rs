@@ -8,5 +8,5 @@ pub mod client;
 pub mod pool;
 pub mod protocol;
 
-pub use client::{CatalogClient, CatalogError, Endpoint, Event, Page, Watch};
+pub use client::{CatalogClient, CatalogError, Endpoint, Event, Page, StaleValue, Watch};
 pub use pool::{CatalogPool, PoolWatch};

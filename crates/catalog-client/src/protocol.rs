@@ -48,7 +48,7 @@ pub struct Request {
 pub enum Freshness {
     /// Has everything that was committed before the request.
     Linearizable,
-    /// What the node's replica has; the answer's revision says how far that is.
+    /// What the node's replica has; the answer says how far that is and how old it may be.
     Stale,
     /// Has at least what was committed up to this revision of the group. With the revision of one's
     /// own last write, reads at any node see it.
@@ -173,6 +173,18 @@ pub enum Reply {
     WatchEnded,
     /// The request was not carried out.
     Refused(Refusal),
+    /// What the node's replica has of a key, as asked for with [`Freshness::Stale`].
+    Stale {
+        /// The replica had at least everything up to here.
+        revision: Revision,
+        /// Index of the last log entry that it had applied.
+        index: u64,
+        /// Milliseconds since the node heard last from the leader of the group, 0 where it leads;
+        /// `None`: it knows of no leader.
+        age_ms: Option<u64>,
+        /// `None`: there is no such key.
+        entry: Option<Entry>,
+    },
 }
 
 /// What one key has become.
@@ -395,6 +407,19 @@ mod tests {
         assert_eq!(
             frame(&refused),
             "15000000010000000000000000070000000000000014000000"
+        );
+        let stale = Response {
+            number: 4,
+            reply: Reply::Stale {
+                revision: Revision::from_number(8),
+                index: 9,
+                age_ms: Some(250),
+                entry: None,
+            },
+        };
+        assert_eq!(
+            frame(&stale),
+            "27000000010400000000000000080000000800000000000000090000000000000001fa0000000000000000"
         );
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,8 @@ const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 const SLOW_WRITE: Duration = Duration::from_millis(250);
 /// It is well again below this.
 const QUICK_WRITE: Duration = Duration::from_millis(50);
+/// Stamps that are further ahead of a node's own clock are worth a warning (DESIGN 13.3).
+const STAMPS_AHEAD: Duration = Duration::from_secs(60);
 
 /// What the thread is told.
 pub(crate) enum Input {
@@ -265,6 +268,21 @@ impl Engine {
         }
     }
 
+    /// Whether this node's time is that of the stamps. They are in order also when it is not.
+    fn watch_clock(&mut self) {
+        let stamped = self.replica.core.clock().timestamp().as_millis();
+        let millis = u64::try_from(stamped - (self.clock)().as_millis()).unwrap_or(0);
+        let counters = &self.output.counters;
+        let before = counters.stamps_ahead_ms.swap(millis, Ordering::Relaxed);
+        let limit = STAMPS_AHEAD.as_millis() as u64;
+        if millis > limit && before <= limit {
+            warn!(
+                millis,
+                "the catalog's stamps are ahead of this node's clock: it is behind, or another node's was ahead"
+            );
+        }
+    }
+
     fn serve(&mut self) -> Result<(), DiskError> {
         let mut next_tick = Instant::now() + self.tick;
         loop {
@@ -289,6 +307,7 @@ impl Engine {
             let now = Instant::now();
             if now >= next_tick {
                 self.replica.tick();
+                self.watch_clock();
                 // After a pause time goes on from here: lost ticks would only start elections.
                 next_tick = (next_tick + self.tick).max(now + self.tick / 2);
             }

@@ -113,7 +113,9 @@ fn append(message: &Message, own_term: u64, log: &GroupLog) -> Result<(), Refuse
         if !follows {
             return Err(Refused::Entries);
         }
-        if entry.kind == EntryKind::ConfChange && entry.context.is_empty() {
+        // With neither it is the library's own, which leaves a joint configuration.
+        let is_change = entry.kind == EntryKind::ConfChange;
+        if is_change && entry.context.is_empty() && !entry.data.is_empty() {
             return Err(Refused::Shape);
         }
         term = entry.term;

@@ -13,7 +13,7 @@ use krake_model::codec::CodecError;
 use krake_model::ids::{GroupId, NodeId};
 use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, oneshot, watch};
 use tracing::{debug, error};
@@ -41,6 +41,17 @@ pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(15);
 pub(crate) const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
 /// Bytes in a piece of a snapshot: a few are on their way at once, and heartbeats wait behind them.
 const PIECE_BYTES: usize = 256 * 1024;
+
+/// How far a replica may be behind, see [`Host::staleness`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Staleness {
+    /// Index of the last log entry in the replica's map.
+    pub index: u64,
+    /// How long ago the node heard last from the one it knows as the group's leader. Zero for the
+    /// leader itself, which steps down when no majority answers it for an election timeout; `None`
+    /// when no leader is known.
+    pub age: Option<Duration>,
+}
 
 /// How bytes reach another member.
 #[async_trait]
@@ -95,6 +106,8 @@ pub(crate) struct Shared {
     pub(crate) inputs: SyncSender<Input>,
     pub(crate) machines: Machines,
     pub(crate) members: RwLock<BTreeMap<u64, NodeId>>,
+    /// When a frame of each node came last.
+    heard: Mutex<BTreeMap<NodeId, Instant>>,
     pub(crate) batches: broadcast::Sender<Batch>,
     pub(crate) history: Arc<History>,
     pub(crate) status: watch::Receiver<BTreeMap<GroupId, GroupStatus>>,
@@ -213,6 +226,7 @@ impl Host {
                 inputs,
                 machines,
                 members: RwLock::default(),
+                heard: Mutex::default(),
                 batches,
                 history,
                 status,
@@ -262,6 +276,7 @@ impl Host {
     pub fn receive(&self, from: NodeId, frame: &[u8]) {
         match Frame::decode(frame) {
             Ok(frame) => {
+                self.shared.heard.lock().insert(from, Instant::now());
                 if let Err(TrySendError::Full(_)) =
                     self.shared.inputs.try_send(Input::Frame(from, frame))
                 {
@@ -621,6 +636,19 @@ impl Host {
         let term = self.shared.status.borrow().get(&group)?.term;
         let encoded = machine.read().encode();
         Some(encoded.map(|bytes| (term, bytes.into())))
+    }
+
+    /// How far this node's replica of a group may be behind.
+    pub fn staleness(&self, group: GroupId) -> Staleness {
+        let machine = self.machine(group);
+        let index = machine.map_or(0, |machine| machine.read().applied);
+        let age = match self.leader(group) {
+            Some(leader) if leader == self.shared.replica => Some(Duration::ZERO),
+            leader => leader
+                .and_then(|leader| self.node_of(leader))
+                .and_then(|node| self.shared.heard.lock().get(&node).map(Instant::elapsed)),
+        };
+        Staleness { index, age }
     }
 
     /// The newest stamp this node's replica of a group has applied.

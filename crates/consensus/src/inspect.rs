@@ -110,6 +110,9 @@ pub struct Counters {
     pub snapshot_pieces_sent: AtomicU64,
     /// Snapshots of other replicas that replaced what was here.
     pub snapshots_installed: AtomicU64,
+    /// No count: milliseconds that the newest stamp is ahead of this node's own clock, as of the
+    /// last tick. Far ahead: some node's clock is wrong, this one's or another's.
+    pub stamps_ahead_ms: AtomicU64,
 }
 
 impl Counters {

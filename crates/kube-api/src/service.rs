@@ -19,7 +19,7 @@ use crate::kinds::{Kind, Registry};
 use crate::managed::Writer;
 use crate::openapi_v2;
 use crate::selector::FieldSelector;
-use crate::store::{Freshness, Listing, Scope, Store};
+use crate::store::{Freshness, Listing, Scope, Staleness, Store};
 use crate::strategic;
 use crate::table;
 use crate::write::{self, Change};
@@ -300,11 +300,16 @@ impl Service {
             }
             (&Method::GET, None) => self.list(headers, &target, &query).await,
             (&Method::GET, Some(name)) => {
-                let object = self
-                    .store
-                    .get(&kind, target.namespace.as_deref(), name, query.freshness()?)
-                    .await?;
-                Ok(self.one(200, headers, &target, &query, &object))
+                let (namespace, freshness) = (target.namespace.as_deref(), query.freshness()?);
+                let scope = Scope {
+                    namespace,
+                    name: Some(name),
+                };
+                // Before the read, which is at least as new.
+                let staleness = self.staleness(&kind, scope, freshness);
+                let object = self.store.get(&kind, namespace, name, freshness).await?;
+                let response = self.one(200, headers, &target, &query, &object);
+                Ok(with_staleness(response, staleness))
             }
             (&Method::POST, None) => {
                 if kind.namespaced && target.namespace.is_none() {
@@ -465,10 +470,9 @@ impl Service {
         {
             return Err(ApiError::bad_request("limit is not a number"));
         }
-        let Listing { items, revision } = self
-            .store
-            .list(&target.kind, target.scope(&fields), query.freshness()?)
-            .await?;
+        let (scope, freshness) = (target.scope(&fields), query.freshness()?);
+        let staleness = self.staleness(&target.kind, scope, freshness);
+        let Listing { items, revision } = self.store.list(&target.kind, scope, freshness).await?;
         let items: Vec<Value> = items
             .iter()
             .filter(|object| labels.matches(object) && fields.matches(object))
@@ -484,10 +488,34 @@ impl Service {
                 true,
                 jiff::Timestamp::now(),
             );
-            return Ok(respond(200, &body));
+            return Ok(with_staleness(respond(200, &body), staleness));
         }
-        Ok(respond(200, &list_object(&target.kind, items, revision)))
+        let body = list_object(&target.kind, items, revision);
+        Ok(with_staleness(respond(200, &body), staleness))
     }
+
+    fn staleness(&self, kind: &Kind, scope: Scope<'_>, freshness: Freshness) -> Option<Staleness> {
+        match freshness {
+            Freshness::Any => self.store.staleness(kind, scope),
+            Freshness::Latest | Freshness::AtLeast(_) => None,
+        }
+    }
+}
+
+/// Says in headers how far behind an answer may be: `krake-age-ms`, milliseconds or `unknown`, and
+/// `krake-index`.
+fn with_staleness(mut response: Response<Body>, staleness: Option<Staleness>) -> Response<Body> {
+    let Some(Staleness { age, index }) = staleness else {
+        return response;
+    };
+    let headers = response.headers_mut();
+    let age = age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
+    let age = age.map_or(HeaderValue::from_static("unknown"), HeaderValue::from);
+    headers.insert("krake-age-ms", age);
+    if let Some(index) = index {
+        headers.insert("krake-index", HeaderValue::from(index));
+    }
+    response
 }
 
 /// What a patch of this media type does.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -96,6 +97,16 @@ pub struct Scope<'a> {
     pub name: Option<&'a str>,
 }
 
+/// How far behind a read with [`Freshness::Any`] may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Staleness {
+    /// How long ago this server heard last from whoever decides about what was read; `None`: it does
+    /// not know who that is.
+    pub age: Option<Duration>,
+    /// How far its log was applied, where what was read is in one log.
+    pub index: Option<u64>,
+}
+
 /// How new a read must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Freshness {
@@ -132,6 +143,13 @@ pub trait Store: Send + Sync + 'static {
         scope: Scope<'_>,
         freshness: Freshness,
     ) -> Result<Listing, ApiError>;
+
+    /// How far behind a read of these objects with [`Freshness::Any`] may be; `None`: it is not,
+    /// there is no other copy.
+    fn staleness(&self, kind: &Kind, scope: Scope<'_>) -> Option<Staleness> {
+        let _ = (kind, scope);
+        None
+    }
 
     /// Writes a new object.
     ///

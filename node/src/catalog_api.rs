@@ -353,11 +353,17 @@ impl Connection {
         Ok(Reply::Committed { committed, leader })
     }
 
-    /// Waits until this node's replica is as new as asked.
-    async fn fresh(&self, group: GroupId, freshness: Freshness) -> Result<(), Refusal> {
+    /// Any group that there is may be read.
+    fn check_group(&self, group: GroupId) -> Result<(), Refusal> {
         if group.shard().is_some_and(|s| s >= self.api.catalog.shards) {
             return Err(Refusal::UnknownGroup { group });
         }
+        Ok(())
+    }
+
+    /// Waits until this node's replica is as new as asked.
+    async fn fresh(&self, group: GroupId, freshness: Freshness) -> Result<(), Refusal> {
+        self.check_group(group)?;
         let host = &self.api.catalog.host;
         match freshness {
             Freshness::Stale => return Ok(()),
@@ -465,9 +471,7 @@ impl Connection {
 
     /// Notes a watch; an [`Ask::Unwatch`] that comes next must find it.
     fn begin_watch(&self, number: u64, group: GroupId) -> Result<CancellationToken, Refusal> {
-        if group.shard().is_some_and(|s| s >= self.api.catalog.shards) {
-            return Err(Refusal::UnknownGroup { group });
-        }
+        self.check_group(group)?;
         let mut watches = self.watches.lock();
         if watches.len() >= WATCHES_MAX {
             let limit = WATCHES_MAX as u32;

@@ -379,16 +379,6 @@ impl DataDir {
         self.write("admin.token", format!("{token}\n").as_bytes())?;
         Ok(self.path.join("admin.token"))
     }
-
-    /// The founder's admin token.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn admin_token(&self) -> Result<Option<String>, DataDirError> {
-        Ok(self
-            .read("admin.token")?
-            .map(|b| String::from_utf8_lossy(&b).trim().to_owned()))
-    }
 }
 
 /// The node's signing key.

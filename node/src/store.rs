@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use krake_consensus::{Batch, Command, Entry, Expect, Operation, ProposeError, ReadError};
-use krake_kube_api::store::{modified, revision_of, set_revision};
+use krake_kube_api::store::{modified, set_revision};
 use krake_kube_api::{
     ApiError, Event, EventKind, EventLog, EventObject, Freshness, Kind, Listing, Store,
 };
@@ -369,9 +369,4 @@ impl Store for CatalogStore {
     fn events(&self) -> &EventLog {
         &self.events
     }
-}
-
-/// The revision an API object carries, as the catalog counts.
-pub fn catalog_revision(object: &Value) -> Revision {
-    Revision::from_number(revision_of(object))
 }

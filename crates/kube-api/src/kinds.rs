@@ -186,15 +186,6 @@ impl Registry {
         self.kinds.read().get(&key).cloned()
     }
 
-    /// Finds a kind by `apiVersion` and `kind`.
-    pub fn find_kind(&self, api_version: &str, kind: &str) -> Option<Arc<Kind>> {
-        let kinds = self.kinds.read();
-        kinds
-            .values()
-            .find(|k| k.kind == kind && k.api_version() == api_version)
-            .cloned()
-    }
-
     /// All kinds, by group, version and plural.
     pub fn all(&self) -> Vec<Arc<Kind>> {
         self.kinds.read().values().cloned().collect()

@@ -18,6 +18,8 @@ use crate::net::Admit;
 use crate::records::{self, TokenRecord, TokenState};
 use crate::rpc::{JoinReply, JoinRequest, Reply, accepted_until};
 
+/// How often it is tried to admit a node; each time another one was faster.
+const ATTEMPTS_MAX: usize = 20;
 /// Contacts named in an invitation.
 const CONTACTS_MAX: usize = 5;
 
@@ -76,7 +78,7 @@ impl Door {
             .read_barrier(&[GroupId::META], PATIENCE)
             .await
             .map_err(|error| ("krake::unavailable", error.to_string()))?;
-        for _ in 0..20 {
+        for _ in 0..ATTEMPTS_MAX {
             if let Some(reply) = self.admit_once(request, &invitation).await? {
                 return Ok(reply);
             }
@@ -198,7 +200,7 @@ impl Door {
             barrier.map_err(|error| error.to_string())
         };
         fresh().await?;
-        for _ in 0..20 {
+        for _ in 0..ATTEMPTS_MAX {
             let key = records::member_key(&from);
             let Some((member, entry)) = catalog.read::<Member>(meta, &key) else {
                 return Err("this node is not a member; join with a token".to_owned());

@@ -164,6 +164,17 @@ impl Bench {
         }
     }
 
+    /// The first site whose name is so.
+    fn site_where(&self, is: impl Fn(&str) -> bool) -> usize {
+        let found = self.net.sites().iter().position(|site| is(&site.name));
+        found.unwrap()
+    }
+
+    /// The applications as a site's node shows them.
+    fn apps_at(&self, site: usize) -> Api<DynamicObject> {
+        Api::namespaced_with(self.nodes[site].clone(), "default", &applications())
+    }
+
     /// A name that was not used before.
     fn name(&mut self, what: &str) -> String {
         self.run += 1;
@@ -188,12 +199,7 @@ impl Bench {
             is_running,
             Arc::clone(&shown),
         );
-        let home = self
-            .net
-            .sites()
-            .iter()
-            .position(|s| s.name == HOME)
-            .unwrap();
+        let home = self.site_where(|name| name == HOME);
         let (mut direct, mut submitted, mut late) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..count {
             let name = self.name("direct");
@@ -294,14 +300,8 @@ impl Bench {
     }
 
     async fn running_elsewhere(&self, names: &[String], lost: &str) -> Instant {
-        let witness = self
-            .net
-            .sites()
-            .iter()
-            .position(|s| s.name != lost)
-            .unwrap();
-        let api: Api<DynamicObject> =
-            Api::namespaced_with(self.nodes[witness].clone(), "default", &applications());
+        let witness = self.site_where(|name| name != lost);
+        let api = self.apps_at(witness);
         let start = Instant::now();
         loop {
             let list = api.list(&kube::api::ListParams::default()).await;
@@ -329,17 +329,11 @@ impl Bench {
 
     async fn failover(&mut self, rounds: usize, failover: Value, label: &str) {
         let home = HOME;
-        let witness = self
-            .net
-            .sites()
-            .iter()
-            .position(|s| s.name != home)
-            .unwrap();
+        let witness = self.site_where(|name| name != home);
         let mut times = Vec::new();
         for _ in 0..rounds {
             let names: Vec<String> = (0..20).map(|_| self.name("failover")).collect();
-            let api: Api<DynamicObject> =
-                Api::namespaced_with(self.nodes[witness].clone(), "default", &applications());
+            let api = self.apps_at(witness);
             for name in &names {
                 let mut app = application(name, &failover);
                 app["spec"]["placement"] = json!({"weights": {"carbon": 1.0}});
@@ -402,12 +396,7 @@ impl Bench {
                 .as_str()
                 .unwrap()
                 .to_owned();
-            let other = self
-                .net
-                .sites()
-                .iter()
-                .position(|s| s.name != leader)
-                .unwrap();
+            let other = self.site_where(|name| name != leader);
             let mut app = application(&name, &json!({}));
             app["metadata"]["labels"] = json!({"round": name});
             self.net.run(&["chaos", "kill", &leader, "--node-only"]);

@@ -167,7 +167,7 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
         Command::Init { flags } => {
             let config = load(arguments.config, &flags)?;
-            let founded = runtime.block_on(krake_node::membership::join::init(&config))?;
+            let founded = runtime.block_on(krake_node::membership::entry::init(&config))?;
             say(format_args!("federation {} founded", founded.federation));
             say(format_args!(
                 "admin token: {}",
@@ -184,7 +184,7 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
                 None => token,
             };
             let name =
-                runtime.block_on(krake_node::membership::join::join(&config, token.trim()))?;
+                runtime.block_on(krake_node::membership::entry::join(&config, token.trim()))?;
             say(format_args!(
                 "joined federation {name} as site {}",
                 config.site.name

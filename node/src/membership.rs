@@ -1,7 +1,7 @@
 //! Who is a member: what a member has, and following who they are.
 
 pub mod door;
-pub mod join;
+pub mod entry;
 pub mod publish;
 
 use std::collections::BTreeMap;

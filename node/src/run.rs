@@ -22,7 +22,7 @@ use crate::config::{BackendConfig, Config};
 use crate::datadir::{DataDir, Membership};
 use crate::federation::{Federation, now};
 use crate::membership::door::Door;
-use crate::membership::{self, join, publish};
+use crate::membership::{self, entry, publish};
 use crate::net::{NetworkTransport, NodeHandler, Parts};
 use crate::owner::controller::Owner;
 use crate::site::agent::{Agent, SiteBackend};
@@ -113,7 +113,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             directory = %membership::catalog_path(&data).display(),
             "the catalog is gone; the other members are asked for another replica id, and for what it held"
         );
-        stored = join::readmit(&network, &data, catalog_owner, stored)
+        stored = entry::readmit(&network, &data, catalog_owner, stored)
             .await
             .with_context(|| {
                 format!(

@@ -13,6 +13,7 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 const LINE_BYTES_MAX: usize = 240;
 /// Prefix of environment variables.
 const ENV_PREFIX: &str = "KRAKE_";
+
 /// Every key, with what it is for: the source of flags, of `krake-node config keys` and of
 /// suggestions for mistyped keys.
 pub const KEYS: &[(&str, &str)] = &[

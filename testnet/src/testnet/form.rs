@@ -14,7 +14,7 @@ use crate::progress::Step;
 use crate::site::READY_PER_SITE;
 use crate::state::{KubeKind, SiteState, State};
 
-/// Where it is in the API.
+/// Where the demo app is in the API.
 const DEMO_PATH: &str = "/apis/krake.dev/v1/namespaces/default/applications/shop";
 /// A federation that has not formed by then never will.
 const FORM_WITHIN: Duration = Duration::from_secs(180);

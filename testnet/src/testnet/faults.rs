@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use super::Testnet;
 use crate::kube::RealCluster;
 use crate::process;
-use crate::state::{KubeKind, State, Wish, unknown};
+use crate::state::{KubeKind, SiteState, State, Wish, unknown};
 
 /// A restarted site may stay unready, when others are away.
 const READY_WITHIN: Duration = Duration::from_secs(20);
@@ -31,10 +31,7 @@ impl Testnet {
                 site.alive()
             };
             if processes.is_empty() {
-                bail!(
-                    "{} does not run; start it with chaos restart",
-                    site.profile.name
-                );
+                return Err(does_not_run(site));
             }
             site.wish = match node_only {
                 true if !site.cluster_alive().is_empty() => Wish::NodeKilled,
@@ -111,10 +108,7 @@ impl Testnet {
             let site = state.site_mut(site)?;
             let processes = site.alive();
             if processes.is_empty() {
-                bail!(
-                    "{} does not run; start it with chaos restart",
-                    site.profile.name
-                );
+                return Err(does_not_run(site));
             }
             site.wish = Wish::Paused;
             for process in processes {
@@ -232,6 +226,13 @@ impl Testnet {
         }
         Ok(())
     }
+}
+
+fn does_not_run(site: &SiteState) -> anyhow::Error {
+    anyhow::anyhow!(
+        "{} does not run; start it with chaos restart",
+        site.profile.name
+    )
 }
 
 fn check_metric(name: &str, value: f64) -> anyhow::Result<()> {

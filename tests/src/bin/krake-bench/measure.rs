@@ -49,3 +49,26 @@ pub fn metric(text: &str, name: &str) -> f64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     line.unwrap().trim().parse().unwrap()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_of_all_values_in_any_order() {
+        let values: Vec<f64> = (0..=100).rev().map(f64::from).collect();
+        assert_eq!(median(values.clone()), 50.0);
+        assert_eq!(spread(values), "50.0 / 95.0 / 100.0");
+        assert_eq!(metric("a 1\nsyncs_total 7\n", "syncs_total"), 7.0);
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_program_and_what_it_spends() {
+        let (name, before) = process(Path::new("/proc/self")).unwrap();
+        assert!(name.starts_with("krake"), "{name}");
+        while processor(&[std::process::id()]) <= before {
+            std::hint::black_box(0);
+        }
+        assert!(process(Path::new("/proc/none")).is_none());
+    }
+}

@@ -347,7 +347,7 @@ impl Connection {
         command: krake_consensus::Command,
     ) -> Result<Reply, Refusal> {
         protocol::check_write(group, &command, self.api.catalog.shards)?;
-        let proposed = self.api.catalog.host.propose(group, command, PATIENCE);
+        let proposed = self.api.catalog.host.submit(group, command, PATIENCE);
         let committed = proposed.await.map_err(Refusal::Write)?;
         let leader = self.api.catalog.host.leader(group);
         Ok(Reply::Committed { committed, leader })

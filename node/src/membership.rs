@@ -25,6 +25,8 @@ use crate::rpc::{Reply, Request};
 
 /// A member that is silent for longer than this may be replaced as a voter.
 const VOTER_SILENCE: Duration = Duration::from_secs(60);
+/// A member with a longer round trip is far: leaders go to where they are asked, rather than spread.
+const FAR: Duration = Duration::from_millis(20);
 /// How often it is looked whose silence has come to that.
 const VOTERS_INTERVAL: Duration = Duration::from_secs(5);
 /// How often another member is asked for the members while the catalog here does not tell them.
@@ -136,7 +138,7 @@ fn peers(members: &[Member]) -> Vec<Peer> {
     members.iter().map(peer).collect()
 }
 
-/// A member as the voter choice sees it.
+/// A member as the choice of voters and leaders sees it; near, unless it is known to be far.
 pub fn info_of(member: &Member, alive: bool) -> MemberInfo {
     MemberInfo {
         replica: member.replica,
@@ -145,6 +147,7 @@ pub fn info_of(member: &Member, alive: bool) -> MemberInfo {
         grid_zone: member.site.location.grid_zone.clone(),
         country: member.site.location.country.clone(),
         alive,
+        far: false,
     }
 }
 
@@ -156,6 +159,7 @@ pub async fn apply_members(federation: &Federation, members: &[Member]) {
 
 async fn apply_voters(federation: &Federation, members: &[Member]) {
     let opinions = federation.network.opinions();
+    let rtts = federation.network.rtts();
     let infos = members
         .iter()
         .filter(|member| member.replica != NO_REPLICA)
@@ -163,7 +167,10 @@ async fn apply_voters(federation: &Federation, members: &[Member]) {
             let silence = opinions.silence.get(&member.node);
             let alive = member.node == federation.own
                 || silence.is_none_or(|silence| *silence < VOTER_SILENCE);
-            info_of(member, alive)
+            MemberInfo {
+                far: rtts.get(&member.node).is_some_and(|rtt| *rtt > FAR),
+                ..info_of(member, alive)
+            }
         })
         .collect();
     federation.catalog.host.set_members(infos).await;

@@ -149,7 +149,7 @@ impl Handler for NodeHandler {
     async fn call(&self, from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String> {
         let parts = self.parts.get().ok_or("the node is starting")?;
         match bytes.split_first() {
-            Some((&FOR_CONSENSUS, rest)) => parts.host.handle_call(rest).await,
+            Some((&FOR_CONSENSUS, rest)) => parts.host.handle_call(from, rest).await,
             Some((&FOR_NODE, rest)) => {
                 let reply = self.answer(parts, from, rest).await;
                 rpc::encode(&reply)

@@ -290,7 +290,7 @@ impl CatalogStore {
 
     async fn propose(&self, group: GroupId, operation: Operation) -> Result<u64, ProposeError> {
         let command = Command::new(vec![operation]);
-        let committed = self.catalog.host.propose(group, command, PATIENCE).await?;
+        let committed = self.catalog.host.submit(group, command, PATIENCE).await?;
         Ok(committed.revision.number())
     }
 }

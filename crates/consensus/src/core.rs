@@ -38,6 +38,8 @@ const FOLLOWERS_PER_INTERVAL: u64 = 8;
 const FOLLOWER_INTERVALS: u64 = 3;
 /// Groups handed over for balance in one look at most: each stands still for a moment.
 const BALANCED_AT_ONCE: usize = 16;
+/// Ticks after which what was submitted before counts half.
+const FADE_TICKS: u64 = 100;
 /// A leader younger than this is not moved for balance.
 const SETTLED_TICKS: u64 = 50;
 /// A frame is closed when it holds about this many bytes.
@@ -290,6 +292,11 @@ impl Core {
         };
         if ticks.is_multiple_of(often) {
             self.balance();
+        }
+        if ticks.is_multiple_of(FADE_TICKS) {
+            for group in self.groups.values_mut() {
+                group.submissions.fade();
+            }
         }
     }
 
@@ -551,11 +558,13 @@ impl Core {
         Some(group)
     }
 
-    /// Proposes a command in a group that is led here.
+    /// Proposes a command in a group that is led here; `origin`: where it was submitted, if somebody
+    /// outside did.
     pub(crate) fn propose(
         &mut self,
         id: GroupId,
         command: Command,
+        origin: Option<u64>,
         reply: oneshot::Sender<Outcome>,
         now: Timestamp,
     ) {
@@ -565,6 +574,9 @@ impl Core {
             return;
         };
         if let Some(stamp) = group.propose(command, reply, now, clock) {
+            if let Some(origin) = origin {
+                group.submissions.note(origin);
+            }
             self.clock = self.clock.max(stamp);
         }
     }
@@ -597,8 +609,8 @@ impl Core {
         self.reluctant = reluctant;
     }
 
-    /// Hands over groups to live voters that lead two groups fewer than this node; where it is
-    /// reluctant, all that it can.
+    /// Hands over groups to live voters that lead two groups fewer than this node, and to a far one
+    /// that most of a group's writes are submitted at; where this node is reluctant, all that it can.
     fn balance(&mut self) {
         let peers = &self.peers;
         let willing = |id: u64| {
@@ -624,12 +636,19 @@ impl Core {
             if !group.leads() || !(settled || self.reluctant) {
                 continue;
             }
+            let home = group.submissions.home();
+            let far = |id: u64| self.members.get(&id).is_some_and(|member| member.far);
             let target = group
                 .voters()
                 .into_iter()
                 .filter_map(|id| leads.get(&id).map(|count| (*count, id)))
-                .filter(|(count, id)| *id != own && (self.reluctant || count + 2 <= mine))
-                .min();
+                .filter(|(count, id)| {
+                    let is_home = home == Some(*id) && far(*id);
+                    let leaves_home = home == Some(own) && far(*id);
+                    let is_less_busy = count + 2 <= mine && !leaves_home;
+                    *id != own && (self.reluctant || is_home || is_less_busy)
+                })
+                .min_by_key(|(count, id)| (home != Some(*id), *count, *id));
             let Some((count, id)) = target else { continue };
             if group.transfer(Some(id), own) {
                 debug!(group = %group.id, to = id, reluctant = self.reluctant, "leadership handed over");

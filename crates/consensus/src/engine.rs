@@ -40,7 +40,8 @@ const STAMPS_AHEAD: Duration = Duration::from_secs(60);
 /// What the thread is told.
 pub(crate) enum Input {
     Frame(NodeId, Frame),
-    Propose(GroupId, Command, oneshot::Sender<Outcome>),
+    /// With the replica of the node where it was submitted, if somebody outside did.
+    Propose(GroupId, Command, Option<u64>, oneshot::Sender<Outcome>),
     Read(GroupId, oneshot::Sender<()>),
     /// Close the stamps up to this one, where led here: see `Core::close`.
     Close(Revision, Vec<(GroupId, oneshot::Sender<u64>)>),
@@ -200,7 +201,7 @@ impl Engine {
                     Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(false),
                     Ok(Input::Members(members)) => self.members = members,
                     Ok(Input::Reluctant(reluctant)) => self.reluctant = reluctant,
-                    Ok(Input::Propose(_, _, reply)) => {
+                    Ok(Input::Propose(_, _, _, reply)) => {
                         let _ = reply.send(Outcome::NotLeader(None));
                     }
                     Ok(Input::HandOver(reply)) => {
@@ -319,8 +320,9 @@ impl Engine {
     fn take(&mut self, input: Input) -> Result<bool, DiskError> {
         match input {
             Input::Frame(from, frame) => self.replica.receive(from, frame),
-            Input::Propose(group, command, reply) => {
-                self.replica.propose(group, command, reply, (self.clock)());
+            Input::Propose(group, command, origin, reply) => {
+                let now = (self.clock)();
+                self.replica.propose(group, command, origin, reply, now);
             }
             Input::Read(group, reply) => self.replica.read(group, reply),
             Input::Close(at, groups) => {

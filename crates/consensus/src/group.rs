@@ -16,6 +16,7 @@ use tracing::{error, warn};
 use crate::command::{Command, Committed, ProposeError, RequestId};
 use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{Change as LogChange, Write};
+use crate::home::Submissions;
 use crate::inspect::{Counters, GroupDetail, PeerProgress, TransferError};
 use crate::log::{GroupLog, HardState};
 use crate::machine::{Answer, GROUP_BYTES_MAX, LogEntry, Machine};
@@ -195,6 +196,8 @@ pub(crate) struct Group {
     told: BTreeMap<u64, u64>,
     /// To whom [`Self::tell_commit`] spoke in this round.
     pub(crate) telling: Vec<u64>,
+    /// As leader: where its writes come from.
+    pub(crate) submissions: Submissions,
 }
 
 impl Group {
@@ -248,6 +251,7 @@ impl Group {
             active_at: 0,
             told: BTreeMap::new(),
             telling: Vec::new(),
+            submissions: Submissions::default(),
         };
         group.fix_timeout(settings);
         Ok(group)
@@ -355,6 +359,7 @@ impl Group {
         }
         self.role = role;
         self.told.clear();
+        self.submissions = Submissions::default();
         self.rouse();
         self.fix_timeout(settings);
         if role.1 != StateRole::Leader {

@@ -291,15 +291,20 @@ impl Host {
     ///
     /// # Errors
     /// When the question is not readable.
-    pub async fn handle_call(&self, bytes: &[u8]) -> Result<Vec<u8>, String> {
+    pub async fn handle_call(&self, from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String> {
         let reply = match Call::decode(bytes).map_err(|error| error.to_string())? {
             Call::Propose {
                 group,
                 command,
                 patience,
+            } => self.handle_propose(group, command, None, patience).await,
+            Call::Submit {
+                group,
+                command,
+                patience,
             } => {
-                let patience = Duration::from_millis(u64::from(patience.min(60_000)));
-                self.handle_propose(group, command, patience).await
+                let origin = self.replica_of(from);
+                self.handle_propose(group, command, origin, patience).await
             }
             Call::Transfer { group, to } => match self.begin_transfer(group, to).await {
                 Ok(begun) => CallReply::Transferred(Ok(begun)),
@@ -322,12 +327,14 @@ impl Host {
         &self,
         group: GroupId,
         command: Command,
-        patience: Duration,
+        origin: Option<u64>,
+        patience: u32,
     ) -> CallReply {
+        let patience = Duration::from_millis(u64::from(patience.min(60_000)));
         if let Err(error) = command.validate() {
             return CallReply::Proposed(Err(error));
         }
-        match tokio::time::timeout(patience, self.attempt(group, command)).await {
+        match tokio::time::timeout(patience, self.attempt(group, command, origin)).await {
             Err(_) => CallReply::Proposed(Err(ProposeError::Timeout { group })),
             Ok(Outcome::Done(result)) => CallReply::Proposed(result),
             Ok(Outcome::NotLeader(leader)) => CallReply::NotLeader(leader),
@@ -444,9 +451,10 @@ impl Host {
         &self.shared.counters
     }
 
-    async fn attempt(&self, group: GroupId, command: Command) -> Outcome {
+    async fn attempt(&self, group: GroupId, command: Command, origin: Option<u64>) -> Outcome {
         let (reply, answer) = oneshot::channel();
-        if !self.input(Input::Propose(group, command, reply)).await {
+        let input = Input::Propose(group, command, origin, reply);
+        if !self.input(input).await {
             return Outcome::Done(Err(ProposeError::Stopped));
         }
         answer.await.unwrap_or(Outcome::NotLeader(None))
@@ -464,6 +472,30 @@ impl Host {
         command: Command,
         timeout: Duration,
     ) -> Result<Committed, ProposeError> {
+        self.propose_as(group, command, false, timeout).await
+    }
+
+    /// As [`Self::propose`], for somebody outside. Where most of a group's writes are submitted its
+    /// leader goes, if that is far from where it is.
+    ///
+    /// # Errors
+    /// See [`ProposeError`].
+    pub async fn submit(
+        &self,
+        group: GroupId,
+        command: Command,
+        timeout: Duration,
+    ) -> Result<Committed, ProposeError> {
+        self.propose_as(group, command, true, timeout).await
+    }
+
+    async fn propose_as(
+        &self,
+        group: GroupId,
+        command: Command,
+        submitted: bool,
+        timeout: Duration,
+    ) -> Result<Committed, ProposeError> {
         command.validate()?;
         let deadline = tokio::time::Instant::now() + timeout;
         let mut pause = RETRY_PAUSE;
@@ -478,7 +510,7 @@ impl Host {
             }
             let known = self.leader(group);
             let leader = hint.take().or(known);
-            let attempt = self.try_once(group, &command, leader, left);
+            let attempt = self.try_once(group, &command, submitted, leader, left);
             let answer = tokio::select! {
                 answer = tokio::time::timeout(left, attempt) => answer,
                 // Whoever was asked may be gone and leave the question open.
@@ -532,21 +564,32 @@ impl Host {
         &self,
         group: GroupId,
         command: &Command,
+        submitted: bool,
         leader: Option<u64>,
         left: Duration,
     ) -> Outcome {
         let Some(leader) = leader.filter(|id| *id != self.shared.replica) else {
-            return self.attempt(group, command.clone()).await;
+            let origin = submitted.then_some(self.shared.replica);
+            return self.attempt(group, command.clone(), origin).await;
         };
         let Some(node) = self.node_of(leader) else {
             return Outcome::NotLeader(None);
         };
         // A leader that does not answer may be gone: after a second we look for another.
         let patience = left.min(Duration::from_secs(1));
-        let call = Call::Propose {
-            group,
-            command: command.clone(),
-            patience: patience.as_millis() as u32,
+        let (command, patience_ms) = (command.clone(), patience.as_millis() as u32);
+        let call = if submitted {
+            Call::Submit {
+                group,
+                command,
+                patience: patience_ms,
+            }
+        } else {
+            Call::Propose {
+                group,
+                command,
+                patience: patience_ms,
+            }
         };
         let bytes = match call.encode() {
             Ok(bytes) => bytes,
@@ -569,6 +612,12 @@ impl Host {
     /// The node with a replica id.
     pub fn node_of(&self, replica: u64) -> Option<NodeId> {
         self.shared.members.read().get(&replica).copied()
+    }
+
+    fn replica_of(&self, node: NodeId) -> Option<u64> {
+        let members = self.shared.members.read();
+        let found = members.iter().find(|(_, known)| **known == node);
+        found.map(|(replica, _)| *replica)
     }
 
     fn machine(&self, group: GroupId) -> Option<Arc<RwLock<Machine>>> {
@@ -866,6 +915,7 @@ mod tests {
             grid_zone: String::new(),
             country: String::new(),
             alive: true,
+            far: false,
         }])
         .await;
         host.bootstrap(vec![meta]).await.unwrap();

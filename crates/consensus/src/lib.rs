@@ -15,6 +15,7 @@ mod follow;
 mod frame;
 mod gate;
 mod group;
+mod home;
 mod host;
 mod inspect;
 mod log;

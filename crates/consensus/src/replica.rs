@@ -87,11 +87,12 @@ impl Replica {
         &mut self,
         group: GroupId,
         command: Command,
+        origin: Option<u64>,
         reply: oneshot::Sender<Outcome>,
         now: Timestamp,
     ) {
         Counters::add(&self.core.settings.counters.proposals, 1);
-        self.core.propose(group, command, reply, now);
+        self.core.propose(group, command, origin, reply, now);
     }
 
     /// See [`Core::close`].
@@ -260,7 +261,8 @@ mod tests {
                 expect: Expect::Any,
             };
             let now = Timestamp::from_millis(1);
-            replica.propose(GroupId::META, Command::new(vec![put]), reply, now);
+            let command = Command::new(vec![put]);
+            replica.propose(GroupId::META, command, None, reply, now);
             replica.rounds(&mut Alone).unwrap();
             assert!(matches!(answer.try_recv(), Ok(Outcome::Done(Ok(_)))));
             made += u64::from(snapshot(replica) != before);

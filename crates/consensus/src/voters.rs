@@ -19,6 +19,8 @@ pub struct MemberInfo {
     pub country: String,
     /// Whether it is thought reachable.
     pub alive: bool,
+    /// Whether messages to it take so long that it matters where a leader is.
+    pub far: bool,
 }
 
 /// How many voters a group has in a federation of `members`: odd, so that each member counts, and
@@ -194,6 +196,7 @@ mod tests {
                     grid_zone: format!("zone-{}", replica % 3),
                     country: format!("country-{}", replica % 3),
                     alive: true,
+                    far: false,
                 };
                 (replica, info)
             })

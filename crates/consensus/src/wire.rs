@@ -158,6 +158,13 @@ pub(crate) enum Call {
         /// Milliseconds the asker still waits.
         patience: u32,
     },
+    /// As `Propose`, of somebody who asked the sender for it.
+    Submit {
+        group: GroupId,
+        command: Command,
+        /// Milliseconds the asker still waits.
+        patience: u32,
+    },
 }
 
 impl Call {

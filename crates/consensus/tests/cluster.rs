@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use krake_consensus::{
-    Backup, BackupWriter, Command, Expect, Host, Operation, ProposeError, RequestId, TransferError,
+    Backup, BackupWriter, Command, Expect, Host, MemberInfo, Operation, ProposeError, RequestId,
+    TransferError,
 };
 use krake_model::ids::{FederationId, GroupId};
+use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use support::{Cluster, LIMIT, formed, groups, members, node};
 
@@ -278,4 +280,80 @@ async fn a_group_larger_than_a_frame_reaches_a_new_member_in_pieces_each_sent_on
     bytes.extend_from_slice(&writer.group(group, state).unwrap());
     bytes.extend_from_slice(&writer.end().unwrap());
     assert_eq!(Backup::read(&bytes).unwrap().list(group, "key-").len(), 20);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leadership_goes_to_where_writes_are_submitted_when_that_is_far() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 3).await;
+    let group = GroupId::of_shard(0);
+    let leader = hosts[0].status().borrow()[&group].leader.unwrap();
+    let home = hosts.iter().find(|host| host.replica() != leader).unwrap();
+    let submit = async || {
+        let command = put("key", "value", Expect::Any);
+        home.submit(group, command, LIMIT).await.unwrap();
+    };
+    for host in &hosts {
+        let far = members(&[1, 2, 3]).into_iter().map(|member| MemberInfo {
+            far: member.replica != host.replica(),
+            ..member
+        });
+        host.set_members(far.collect()).await;
+    }
+    // Writes of nodes on their own account do not count.
+    for _ in 0..50 {
+        let command = put("own", "value", Expect::Any);
+        home.propose(group, command, LIMIT).await.unwrap();
+    }
+    assert_eq!(home.leader(group), Some(leader));
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    while home.leader(group) != Some(home.replica()) {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "it stays where it is"
+        );
+        submit().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_closed_at_one_member_is_a_moment_of_all_groups() {
+    let mut cluster = Cluster::new();
+    let hosts = formed(&mut cluster, 3).await;
+    let shards: Vec<GroupId> = groups()
+        .into_iter()
+        .filter(|g| *g != GroupId::META)
+        .collect();
+    let mut last = Revision::NONE;
+    for turn in 0..20 {
+        let group = shards[turn % shards.len()];
+        let command = put("key", &turn.to_string(), Expect::Any);
+        let written = hosts[turn % 3]
+            .propose(group, command, LIMIT)
+            .await
+            .unwrap();
+        let reader = &hosts[(turn + 1) % 3];
+        reader
+            .close(&shards, written.revision, LIMIT)
+            .await
+            .unwrap();
+        // Later writes are above, whichever group they are in and whoever leads it.
+        assert!(written.revision > last, "{turn}");
+        last = written.revision;
+        let before = reader.list_at(group, "key", last).await.unwrap();
+        assert_eq!(before[0].1.value, turn.to_string());
+        let command = put("key", "later", Expect::Any);
+        let later = hosts[turn % 3]
+            .propose(group, command, LIMIT)
+            .await
+            .unwrap();
+        assert!(later.revision > last);
+        last = later.revision;
+        reader.close(&[group], last, LIMIT).await.unwrap();
+        let then = reader
+            .list_at(group, "key", written.revision)
+            .await
+            .unwrap();
+        assert_eq!(then, before, "as it was, with a later write there");
+    }
 }

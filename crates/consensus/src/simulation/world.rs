@@ -492,6 +492,7 @@ impl<'a> World<'a> {
                 grid_zone: format!("zone-{}", replica % 3),
                 country: format!("country-{}", replica % 3),
                 alive: !away(node),
+                far: replica % 2 == 0,
             })
             .collect()
     }
@@ -892,6 +893,8 @@ impl<'a> World<'a> {
         let now = Timestamp::from_millis(EPOCH_MS + shown);
         let (group, key) = current.key.clone();
         let (request, expect, asked) = (current.request, current.expect, current.asked);
+        // Clients with an even number are at one site.
+        let origin = (client % 2 == 0).then_some(2);
         let mut waiting = None;
         let give = |replica: &mut Replica| {
             waiting = Some(match asked {
@@ -911,7 +914,7 @@ impl<'a> World<'a> {
                         request,
                         operations,
                     };
-                    replica.propose(group, command, sender, now);
+                    replica.propose(group, command, origin, sender, now);
                     Waiting::Write(receiver)
                 }
             });

@@ -67,7 +67,7 @@ impl Transport for Link {
             tokio::time::sleep(timeout).await;
             return Err("unreachable".to_owned());
         };
-        host.handle_call(&bytes).await
+        host.handle_call(self.own, &bytes).await
     }
 }
 
@@ -141,6 +141,7 @@ pub fn members(replicas: &[u64]) -> Vec<MemberInfo> {
             grid_zone: "zone".to_owned(),
             country: "country".to_owned(),
             alive: true,
+            far: false,
         })
         .collect()
 }

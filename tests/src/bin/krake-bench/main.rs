@@ -1,8 +1,8 @@
 //! The benchmark: five sites on this machine, ratios to the same API servers in the same run.
 //!
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
-//! `burst`, `transfer`, `leader`, `failover-fast`, `failover` and `idle`, and `catalog` against etcd;
-//! without one all of them run. Each prints lines of a table for `docs/benchmarks.md`.
+//! `burst`, `transfer`, `leader`, `failover-fast`, `failover` and `idle`, and of the catalog alone
+//! `catalog` (against etcd), `http`, `watchers`, `restart` and `wan`; without one all of them run. Each prints lines of a table for `docs/benchmarks.md`.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -13,6 +13,8 @@
 mod catalog;
 mod etcd;
 mod measure;
+mod scale;
+mod wan;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,7 +30,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Client, Config};
 use serde_json::{Value, json};
 
-use self::measure::{median, processor, spread};
+use self::measure::{median, processor, resident, spread};
 
 const LIMIT: Duration = Duration::from_secs(180);
 /// Where every app goes while nothing is wrong: the best of the testnet's profiles.
@@ -450,12 +452,7 @@ impl Bench {
             .zip(before)
             .map(|(now, before)| (now - before) / time * 100.0)
             .collect();
-        let rss = pids.iter().map(|pid| {
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-            let kib = line.unwrap().split_whitespace().next().unwrap();
-            kib.parse::<f64>().unwrap() / 1024.0
-        });
+        let rss = pids.iter().map(|pid| resident(*pid));
         println!(
             "| idle node of five, % of a core p50 / p95 / max (goal: at most 1) | {} |",
             spread(cpu)
@@ -523,7 +520,20 @@ async fn main() {
     if wants("catalog") {
         catalog::run().await;
     }
-    if !wanted.is_empty() && wanted.iter().all(|wanted| wanted == "catalog") {
+    if wants("http") {
+        scale::http().await;
+    }
+    if wants("watchers") {
+        scale::watchers().await;
+    }
+    if wants("restart") {
+        scale::restart().await;
+    }
+    if wants("wan") {
+        wan::run().await;
+    }
+    let alone = ["catalog", "http", "watchers", "restart", "wan"];
+    if !wanted.is_empty() && wanted.iter().all(|wanted| alone.contains(&wanted.as_str())) {
         return;
     }
     let mut bench = Bench::new().await;

@@ -44,6 +44,14 @@ pub fn processor(pids: &[u32]) -> f64 {
     pids.iter().map(spent).sum()
 }
 
+/// MiB of memory that a process has.
+pub fn resident(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.unwrap().split_whitespace().next().unwrap();
+    kib.parse::<f64>().unwrap() / 1024.0
+}
+
 /// The value of a metric without labels in the text that Prometheus reads.
 pub fn metric(text: &str, name: &str) -> f64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name));

@@ -284,6 +284,28 @@ async fn compare(krake: &Krake, etcd: &Etcd, work: Work, clients: usize) {
     );
 }
 
+/// What many groups cost that are all written to: the same clients over one shard and over a
+/// thousand, in turn.
+pub async fn groups() {
+    let krake = |shards| Krake {
+        net: Testnet::up(&["--sites", "3", "--shards", shards]),
+        http: reqwest::Client::new(),
+    };
+    let (one, many) = (krake("1"), krake("1000"));
+    let (mut few, mut most) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        few.push(turn(&one, Work::Put, 256).await);
+        most.push(turn(&many, Work::Put, 256).await);
+    }
+    let pairs = most.iter().zip(&few);
+    let ratio = median(pairs.map(|(most, few)| most.rate / few.rate).collect());
+    println!(
+        "| put 1 KiB, 256 clients: one shard; 1,000 shards; rate of the second over the first (goal: 0.5) | {} | {} | {ratio:.2} |",
+        line("", &few).trim(),
+        line("", &most).trim(),
+    );
+}
+
 /// Runs all of it and prints a table.
 pub async fn run() {
     let krake = Krake {

@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
 //! `burst`, `transfer`, `leader`, `failover-fast`, `failover` and `idle`, and of the catalog alone
-//! `catalog` (against etcd), `http`, `watchers`, `restart` and `wan`; without one all of them run. Each prints lines of a table for `docs/benchmarks.md`.
+//! `catalog` (against etcd), `groups`, `http`, `watchers`, `restart` and `wan`; without one all run. Each prints lines of a table for `docs/benchmarks.md`.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -520,6 +520,9 @@ async fn main() {
     if wants("catalog") {
         catalog::run().await;
     }
+    if wants("groups") {
+        catalog::groups().await;
+    }
     if wants("http") {
         scale::http().await;
     }
@@ -532,7 +535,7 @@ async fn main() {
     if wants("wan") {
         wan::run().await;
     }
-    let alone = ["catalog", "http", "watchers", "restart", "wan"];
+    let alone = ["catalog", "groups", "http", "watchers", "restart", "wan"];
     if !wanted.is_empty() && wanted.iter().all(|wanted| alone.contains(&wanted.as_str())) {
         return;
     }

@@ -1,6 +1,9 @@
 //! All groups of one node as one step machine: inputs and time in, messages and writes out. No
 //! thread, clock, file or socket here.
 
+mod frames;
+mod leaders;
+mod peers;
 mod pieces;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -13,17 +16,19 @@ use krake_model::time::Timestamp;
 use tokio::sync::oneshot;
 use tracing::{debug, error, warn};
 
+use self::leaders::FADE_TICKS;
+use self::peers::Peer;
 use crate::command::Command;
 use crate::disk::{Change as LogChange, Write};
 use crate::gate;
 use crate::group::{Group, Outcome};
-use crate::inspect::{Counters, GroupDetail, TransferError};
+use crate::inspect::{Counters, GroupDetail};
 use crate::log::{GroupLog, HardState};
 use crate::machine::Change;
 use crate::snapshots::Snapshots;
 use crate::voters::MemberInfo;
 use crate::wire::{
-    Configuration, FRAME_MESSAGES_MAX, Frame, Message, MessageKind, Pulse, Sleep, Snapshot,
+    Configuration, FRAME_MESSAGES_MAX, Frame, Message, MessageKind, Sleep, Snapshot,
 };
 
 /// Ticks between two looks at the groups' memberships.
@@ -36,14 +41,6 @@ const BALANCE_TICKS: u64 = 20;
 const FOLLOWERS_PER_INTERVAL: u64 = 8;
 /// Followers hear from their leader every so many heartbeat intervals, however few they are.
 const FOLLOWER_INTERVALS: u64 = 3;
-/// Groups handed over for balance in one look at most: each stands still for a moment.
-const BALANCED_AT_ONCE: usize = 16;
-/// Ticks after which what was submitted before counts half.
-const FADE_TICKS: u64 = 100;
-/// A leader younger than this is not moved for balance.
-const SETTLED_TICKS: u64 = 50;
-/// A frame is closed when it holds about this many bytes.
-const FRAME_BYTES: usize = 4 * 1024 * 1024;
 
 /// What the core is told once.
 #[derive(Debug, Clone)]
@@ -98,16 +95,6 @@ pub struct GroupStatus {
 pub(crate) struct Round {
     pub(crate) first: Vec<(NodeId, Frame)>,
     pub(crate) writes: Vec<Write>,
-}
-
-/// A node that votes in a group in which this one votes, too.
-#[derive(Debug)]
-struct Peer {
-    heard_at: u64,
-    /// From its [`Pulse`].
-    life: Option<u64>,
-    reluctant: bool,
-    silent: bool,
 }
 
 /// The groups.
@@ -300,127 +287,6 @@ impl Core {
         }
     }
 
-    /// Finds out which peers have fallen silent. Groups that sleep trust their pulse.
-    fn watch_peers(&mut self) {
-        let (own, now) = (self.settings.replica, self.ticks);
-        if std::mem::take(&mut self.peers_stale) {
-            let voters = self.groups.values().map(Group::voters);
-            let shared: BTreeSet<u64> = voters.filter(|v| v.contains(&own)).flatten().collect();
-            self.peers.retain(|id, _| shared.contains(id));
-            for id in shared.into_iter().filter(|id| *id != own) {
-                self.peers.entry(id).or_insert(Peer {
-                    heard_at: now,
-                    life: None,
-                    reluctant: false,
-                    silent: false,
-                });
-            }
-        }
-        let limit = self.settings.election_ticks as u64;
-        let mut fell_silent = Vec::new();
-        for (id, peer) in &mut self.peers {
-            let silence = now.saturating_sub(peer.heard_at);
-            if !peer.silent && silence >= limit {
-                peer.silent = true;
-                fell_silent.push((*id, silence as usize));
-            }
-        }
-        for (id, silence) in fell_silent {
-            debug!(replica = id, ticks = silence, "a peer is silent");
-            for group in self.groups.values_mut() {
-                if group.leader() == Some(id) {
-                    group.startle(silence);
-                } else if group.is_leader() && group.voters().contains(&id) {
-                    group.awaken(0);
-                }
-            }
-        }
-    }
-
-    /// Whatever a member sends shows that its node is there.
-    fn hear(&mut self, sender: u64, pulse: Option<Pulse>) {
-        let (now, limit) = (self.ticks, self.settings.election_ticks);
-        let Some(peer) = self.peers.get_mut(&sender) else {
-            if let Some(pulse) = pulse {
-                self.help(sender, &pulse.leaderless);
-            }
-            return;
-        };
-        peer.heard_at = now;
-        let is_back = std::mem::take(&mut peer.silent);
-        let Some(pulse) = pulse else {
-            if is_back {
-                self.calm(sender);
-            }
-            return;
-        };
-        let known = peer.life.replace(pulse.life);
-        peer.reluctant = pulse.reluctant;
-        if known.is_some_and(|known| known != pulse.life) {
-            // It was started again: it leads nothing.
-            for group in self.groups.values_mut() {
-                if group.leader() == Some(sender) {
-                    group.awaken(limit);
-                }
-            }
-        } else if is_back {
-            self.calm(sender);
-        }
-        self.help(sender, &pulse.leaderless);
-    }
-
-    fn calm(&mut self, sender: u64) {
-        for group in self.groups.values_mut() {
-            if group.leader() == Some(sender) {
-                group.calm();
-            }
-        }
-    }
-
-    /// A member does not know who leads these groups.
-    fn help(&mut self, sender: u64, leaderless: &[GroupId]) {
-        let limit = self.settings.election_ticks;
-        for id in leaderless.iter().take(FRAME_MESSAGES_MAX) {
-            let Some(group) = self.groups.get_mut(id) else {
-                continue;
-            };
-            if group.is_leader() && group.others().contains(&sender) {
-                group.ping();
-                self.active.insert(*id);
-                self.asked_for.insert((sender, *id));
-            } else if group.leader() == Some(sender) {
-                group.awaken(limit);
-            }
-        }
-    }
-
-    fn put_to_sleep(&mut self) {
-        let (members, peers) = (&self.members, &self.peers);
-        let is_away = |id| !members.get(&id).is_some_and(|member| member.alive);
-        let is_silent = |id| peers.get(&id).is_none_or(|peer| peer.silent);
-        for group in self.groups.values_mut() {
-            let Some(told) = group.fall_silent(is_away, is_silent) else {
-                continue;
-            };
-            Counters::add(&self.settings.counters.slept, 1);
-            for (id, sleep) in told {
-                self.sleeping.entry(id).or_default().push(sleep);
-            }
-        }
-    }
-
-    fn pulse(&self) -> Pulse {
-        let leaderless = self.groups.values().filter(|group| group.is_leaderless());
-        let leaderless = leaderless.map(|group| group.id);
-        // Nobody may wait for a leader whose replica was put aside.
-        let failed = self.failed.iter().copied();
-        Pulse {
-            life: self.settings.boot_nonce,
-            leaderless: failed.chain(leaderless).take(FRAME_MESSAGES_MAX).collect(),
-            reluctant: self.reluctant,
-        }
-    }
-
     /// Runs `work` on these groups, or on every one; one that panics is put aside, the others go
     /// on.
     fn each(&mut self, ids: Option<Vec<GroupId>>, mut work: impl FnMut(&mut Group, &Settings)) {
@@ -604,89 +470,6 @@ impl Core {
         }
     }
 
-    /// Whether this node should lead nothing that another live voter can lead.
-    pub(crate) fn set_reluctant(&mut self, reluctant: bool) {
-        self.reluctant = reluctant;
-    }
-
-    /// Hands over groups to live voters that lead two groups fewer than this node, and to a far one
-    /// that most of a group's writes are submitted at; where this node is reluctant, all that it can.
-    fn balance(&mut self) {
-        let peers = &self.peers;
-        let willing = |id: u64| {
-            let peer = peers.get(&id);
-            peer.is_none_or(|peer| !peer.reluctant && !peer.silent)
-        };
-        let mut leads: BTreeMap<u64, usize> = self
-            .members
-            .values()
-            .filter(|member| member.alive && willing(member.replica))
-            .map(|member| (member.replica, 0))
-            .collect();
-        for group in self.groups.values() {
-            if let Some(count) = group.leader().and_then(|leader| leads.get_mut(&leader)) {
-                *count += 1;
-            }
-        }
-        let own = self.settings.replica;
-        let mut mine = leads.get(&own).copied().unwrap_or(0);
-        let mut handed_over = 0;
-        for group in self.groups.values_mut() {
-            let settled = self.ticks.saturating_sub(group.leader_since_tick) > SETTLED_TICKS;
-            if !group.leads() || !(settled || self.reluctant) {
-                continue;
-            }
-            let home = group.submissions.home();
-            let far = |id: u64| self.members.get(&id).is_some_and(|member| member.far);
-            let target = group
-                .voters()
-                .into_iter()
-                .filter_map(|id| leads.get(&id).map(|count| (*count, id)))
-                .filter(|(count, id)| {
-                    let is_home = home == Some(*id) && far(*id);
-                    let leaves_home = home == Some(own) && far(*id);
-                    let is_less_busy = count + 2 <= mine && !leaves_home;
-                    *id != own && (self.reluctant || is_home || is_less_busy)
-                })
-                .min_by_key(|(count, id)| (home != Some(*id), *count, *id));
-            let Some((count, id)) = target else { continue };
-            if group.transfer(Some(id), own) {
-                debug!(group = %group.id, to = id, reluctant = self.reluctant, "leadership handed over");
-                self.active.insert(group.id);
-                leads.insert(id, count + 1);
-                mine = mine.saturating_sub(1);
-                handed_over += 1;
-                if handed_over == BALANCED_AT_ONCE {
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Hands every led group to another voter; returns how many are still led.
-    pub(crate) fn hand_over(&mut self) -> usize {
-        let own = self.settings.replica;
-        let mut led = 0;
-        for group in self.groups.values_mut() {
-            if group.is_leader() && group.voters().len() > 1 {
-                led += 1;
-                group.transfer(None, own);
-                self.active.insert(group.id);
-            }
-        }
-        led
-    }
-
-    /// Hands leadership of a group that is led here to the voter `to`. `Ok(true)`: it is begun;
-    /// `Ok(false)`: it leads already. `Err(None)`: another one leads, or nobody.
-    pub(crate) fn transfer(&mut self, id: GroupId, to: u64) -> Result<bool, Option<TransferError>> {
-        let own = self.settings.replica;
-        let Some(group) = self.group_mut(id) else {
-            return Err(Some(TransferError::UnknownGroup { group: id }));
-        };
-        group.transfer_to(to, own)
-    }
-
     /// All groups in full.
     pub(crate) fn details(&self) -> Vec<GroupDetail> {
         self.groups.values().map(Group::detail).collect()
@@ -756,102 +539,6 @@ impl Core {
     pub(crate) fn busy(&self) -> bool {
         let mut active = self.active.iter().filter_map(|id| self.groups.get(id));
         active.any(Group::busy)
-    }
-
-    fn frames(&mut self, messages: Vec<(GroupId, Message)>) -> Vec<(NodeId, Frame)> {
-        let mut open: BTreeMap<u64, (usize, Vec<(GroupId, Message)>)> = BTreeMap::new();
-        let mut frames = Vec::new();
-        let (own, clock) = (self.settings.replica, self.clock);
-        let frame = |to, messages| Frame {
-            from: own,
-            to,
-            messages,
-            sleeping: Vec::new(),
-            pulse: None,
-            pieces: Vec::new(),
-            received: Vec::new(),
-            clock,
-        };
-        for (group, message) in messages {
-            let Some(message) = self.begin_snapshot(group, message) else {
-                continue;
-            };
-            let to = message.to;
-            let Some(node) = self.members.get(&to).map(|member| member.node) else {
-                continue;
-            };
-            let spared = message.kind == MessageKind::Heartbeat
-                && self
-                    .groups
-                    .get(&group)
-                    .is_some_and(|group| group.is_idle_follower(to))
-                && !(self.followers_due && message.context.is_empty())
-                && !self.asked_for.remove(&(to, group));
-            if spared {
-                continue;
-            }
-            // One that confirms a read is waited for.
-            if message.kind == MessageKind::HeartbeatResponse && message.context.is_empty() {
-                self.answers.entry(to).or_default().insert(group, message);
-                continue;
-            }
-            let size = 128
-                + message.snapshot.as_ref().map_or(0, |s| s.data.len())
-                + message
-                    .entries
-                    .iter()
-                    .map(|e| e.data.len() + 64)
-                    .sum::<usize>();
-            let slot = open.entry(to).or_default();
-            let full = slot.0 + size > FRAME_BYTES || slot.1.len() >= FRAME_MESSAGES_MAX;
-            if full && !slot.1.is_empty() {
-                frames.push((node, frame(to, std::mem::take(&mut slot.1))));
-                slot.0 = 0;
-            }
-            slot.0 += size;
-            slot.1.push((group, message));
-        }
-        let pulse = std::mem::take(&mut self.pulse_due).then(|| self.pulse());
-        if let Some(pulse) = &pulse {
-            // Who only follows hears of those it follows, too, if less often: a connection over
-            // which nothing is sent is not missed when it is lost.
-            let leads = || self.groups.values().any(Group::is_leader);
-            let everybody = !pulse.leaderless.is_empty() || self.followers_due && leads();
-            let members = self.members.keys().filter(|id| everybody && **id != own);
-            let to = self.answers.keys().chain(self.peers.keys()).chain(members);
-            for to in to {
-                open.entry(*to).or_default();
-            }
-        }
-        let mut parcels = self.parcels();
-        for to in self.sleeping.keys().chain(parcels.keys()) {
-            open.entry(*to).or_default();
-        }
-        for (to, (_, mut messages)) in open {
-            let Some(node) = self.node_of(to) else {
-                continue;
-            };
-            if let Some(answers) = self.answers.remove(&to) {
-                if messages.len() + answers.len() > FRAME_MESSAGES_MAX {
-                    frames.push((node, frame(to, std::mem::take(&mut messages))));
-                }
-                messages.extend(answers);
-            }
-            let parcel = parcels.remove(&to).unwrap_or_default();
-            frames.push((
-                node,
-                Frame {
-                    pieces: parcel.pieces,
-                    received: parcel.received,
-                    sleeping: self.sleeping.remove(&to).unwrap_or_default(),
-                    pulse: pulse.clone(),
-                    ..frame(to, messages)
-                },
-            ));
-        }
-        self.sleeping.clear();
-        self.asked_for.clear();
-        frames
     }
 
     /// Brings what is known of the groups up to date; `true`: something changed.

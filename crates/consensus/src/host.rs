@@ -1,5 +1,11 @@
 //! The handle by which others use the catalog.
 
+mod proposals;
+mod reads;
+#[cfg(test)]
+mod tests;
+mod transfers;
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -8,24 +14,17 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use bytes::Bytes;
-use krake_model::codec::CodecError;
 use krake_model::ids::{GroupId, NodeId};
-use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, oneshot, watch};
 use tracing::{debug, error};
 
-use crate::command::{Command, Committed, ProposeError, ReadError};
 use crate::core::{Batch, GroupStatus, Settings};
 use crate::disk::{DiskError, Home, RealHome};
-use crate::engine::{Engine, Input, Machines, Output, TransferStart};
-use crate::follow::{Compacted, Following, History};
-use crate::group::Outcome;
-use crate::inspect::{Counters, GroupDetail, TransferError};
-use crate::machine::{Entry, Machine};
+use crate::engine::{Engine, Input, Machines, Output};
+use crate::follow::History;
+use crate::inspect::{Counters, GroupDetail};
 use crate::replica::Replica;
 use crate::voters::MemberInfo;
 use crate::wal::Owner;
@@ -323,24 +322,6 @@ impl Host {
         reply.encode().map_err(|error| error.to_string())
     }
 
-    async fn handle_propose(
-        &self,
-        group: GroupId,
-        command: Command,
-        origin: Option<u64>,
-        patience: u32,
-    ) -> CallReply {
-        let patience = Duration::from_millis(u64::from(patience.min(60_000)));
-        if let Err(error) = command.validate() {
-            return CallReply::Proposed(Err(error));
-        }
-        match tokio::time::timeout(patience, self.attempt(group, command, origin)).await {
-            Err(_) => CallReply::Proposed(Err(ProposeError::Timeout { group })),
-            Ok(Outcome::Done(result)) => CallReply::Proposed(result),
-            Ok(Outcome::NotLeader(leader)) => CallReply::NotLeader(leader),
-        }
-    }
-
     /// This node's replica id.
     pub fn replica(&self) -> u64 {
         self.shared.replica
@@ -350,87 +331,6 @@ impl Host {
     pub fn leader(&self, group: GroupId) -> Option<u64> {
         let status = self.shared.status.borrow();
         status.get(&group).and_then(|status| status.leader)
-    }
-
-    async fn begin_transfer(&self, group: GroupId, to: u64) -> TransferStart {
-        let (reply, answer) = oneshot::channel();
-        if !self.input(Input::Transfer(group, to, reply)).await {
-            return Err(Some(TransferError::Stopped));
-        }
-        answer.await.unwrap_or(Err(None))
-    }
-
-    /// Hands leadership of `group` to the voter `to`, wherever it is led, and waits until this
-    /// node sees it there. `false`: it leads already. Dropping the future takes nothing back.
-    ///
-    /// # Errors
-    /// See [`TransferError`].
-    pub async fn transfer(
-        &self,
-        group: GroupId,
-        to: u64,
-        timeout: Duration,
-    ) -> Result<bool, TransferError> {
-        let deadline = tokio::time::Instant::now() + timeout;
-        let mut status = self.status();
-        let mut begun = false;
-        loop {
-            let leader = {
-                let known = status.borrow_and_update();
-                let Some(known) = known.get(&group) else {
-                    return Err(TransferError::UnknownGroup { group });
-                };
-                known.leader
-            };
-            if leader == Some(to) {
-                return Ok(begun);
-            }
-            if let Some(leader) = leader.filter(|_| !begun) {
-                match self.ask_transfer(group, to, leader, deadline).await {
-                    Ok(true) => begun = true,
-                    Ok(false) => return Ok(false),
-                    Err(Some(error)) => return Err(error),
-                    // Leadership moved meanwhile: ask whoever has it next.
-                    Err(None) => {}
-                }
-            }
-            let again = deadline.min(tokio::time::Instant::now() + RETRY_PAUSE_MAX);
-            if let Ok(Err(_)) = tokio::time::timeout_at(again, status.changed()).await {
-                return Err(TransferError::Stopped);
-            }
-            if tokio::time::Instant::now() >= deadline {
-                return Err(if begun {
-                    TransferError::Timeout { group, to }
-                } else {
-                    TransferError::NoLeader { group }
-                });
-            }
-        }
-    }
-
-    async fn ask_transfer(
-        &self,
-        group: GroupId,
-        to: u64,
-        leader: u64,
-        deadline: tokio::time::Instant,
-    ) -> TransferStart {
-        if leader == self.shared.replica {
-            return self.begin_transfer(group, to).await;
-        }
-        let node = self.node_of(leader).ok_or(None)?;
-        let bytes = Call::Transfer { group, to }.encode().map_err(|_| None)?;
-        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
-        match self.shared.transport.call(node, bytes, left).await {
-            Err(reason) => {
-                debug!(%node, reason, "the leader did not answer");
-                Err(None)
-            }
-            Ok(bytes) => match CallReply::decode(&bytes) {
-                Ok(CallReply::Transferred(result)) => result.map_err(Some),
-                _ => Err(None),
-            },
-        }
     }
 
     /// All groups in full, as this node has them now; `None` when the host has stopped, is out of
@@ -451,334 +351,15 @@ impl Host {
         &self.shared.counters
     }
 
-    async fn attempt(&self, group: GroupId, command: Command, origin: Option<u64>) -> Outcome {
-        let (reply, answer) = oneshot::channel();
-        let input = Input::Propose(group, command, origin, reply);
-        if !self.input(input).await {
-            return Outcome::Done(Err(ProposeError::Stopped));
-        }
-        answer.await.unwrap_or(Outcome::NotLeader(None))
-    }
-
-    /// Proposes a command to `group`'s leader, wherever it is, and waits until it took effect.
-    /// Repeats under the same request id while leaders change. Dropping the future does not
-    /// withdraw what was proposed.
-    ///
-    /// # Errors
-    /// See [`ProposeError`].
-    pub async fn propose(
-        &self,
-        group: GroupId,
-        command: Command,
-        timeout: Duration,
-    ) -> Result<Committed, ProposeError> {
-        self.propose_as(group, command, false, timeout).await
-    }
-
-    /// As [`Self::propose`], for somebody outside. Where most of a group's writes are submitted its
-    /// leader goes, if that is far from where it is.
-    ///
-    /// # Errors
-    /// See [`ProposeError`].
-    pub async fn submit(
-        &self,
-        group: GroupId,
-        command: Command,
-        timeout: Duration,
-    ) -> Result<Committed, ProposeError> {
-        self.propose_as(group, command, true, timeout).await
-    }
-
-    async fn propose_as(
-        &self,
-        group: GroupId,
-        command: Command,
-        submitted: bool,
-        timeout: Duration,
-    ) -> Result<Committed, ProposeError> {
-        command.validate()?;
-        let deadline = tokio::time::Instant::now() + timeout;
-        let mut pause = RETRY_PAUSE;
-        let mut hint = None;
-        loop {
-            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
-            if left.is_zero() {
-                return Err(self.late(group));
-            }
-            if self.failure().is_some() {
-                return Err(ProposeError::Stopped);
-            }
-            let known = self.leader(group);
-            let leader = hint.take().or(known);
-            let attempt = self.try_once(group, &command, submitted, leader, left);
-            let answer = tokio::select! {
-                answer = tokio::time::timeout(left, attempt) => answer,
-                // Whoever was asked may be gone and leave the question open.
-                () = self.superseded(group, known, leader) => continue,
-            };
-            match answer {
-                Err(_) => return Err(self.late(group)),
-                Ok(Outcome::Done(Err(ProposeError::Timeout { .. }))) => {}
-                Ok(Outcome::Done(result)) => return result,
-                Ok(Outcome::NotLeader(leader)) => {
-                    hint = leader.filter(|id| *id != self.shared.replica);
-                    if hint.is_some() && pause == RETRY_PAUSE {
-                        pause *= 2;
-                        continue;
-                    }
-                }
-            }
-            tokio::time::sleep(pause.min(left)).await;
-            pause = (pause * 2).min(RETRY_PAUSE_MAX);
-        }
-    }
-
-    fn late(&self, group: GroupId) -> ProposeError {
-        if self.is_full() {
-            ProposeError::DiskFull
-        } else {
-            ProposeError::Timeout { group }
-        }
-    }
-
-    /// Ends when another one leads the group than was known when `asked` was asked.
-    async fn superseded(&self, group: GroupId, known: Option<u64>, asked: Option<u64>) {
-        let asked = asked.filter(|id| *id != self.shared.replica);
-        let mut status = self.status();
-        while asked.is_some() {
-            let now = status
-                .borrow_and_update()
-                .get(&group)
-                .and_then(|g| g.leader);
-            if now.is_some() && now != known && now != asked {
-                return;
-            }
-            if status.changed().await.is_err() {
-                break;
-            }
-        }
-        std::future::pending().await
-    }
-
-    async fn try_once(
-        &self,
-        group: GroupId,
-        command: &Command,
-        submitted: bool,
-        leader: Option<u64>,
-        left: Duration,
-    ) -> Outcome {
-        let Some(leader) = leader.filter(|id| *id != self.shared.replica) else {
-            let origin = submitted.then_some(self.shared.replica);
-            return self.attempt(group, command.clone(), origin).await;
-        };
-        let Some(node) = self.node_of(leader) else {
-            return Outcome::NotLeader(None);
-        };
-        // A leader that does not answer may be gone: after a second we look for another.
-        let patience = left.min(Duration::from_secs(1));
-        let (command, patience_ms) = (command.clone(), patience.as_millis() as u32);
-        let call = if submitted {
-            Call::Submit {
-                group,
-                command,
-                patience: patience_ms,
-            }
-        } else {
-            Call::Propose {
-                group,
-                command,
-                patience: patience_ms,
-            }
-        };
-        let bytes = match call.encode() {
-            Ok(bytes) => bytes,
-            Err(error) => return Outcome::Done(Err(ProposeError::Invalid(error.to_string()))),
-        };
-        match self.shared.transport.call(node, bytes, patience).await {
-            Err(reason) => {
-                debug!(%node, reason, "the leader did not answer");
-                Outcome::NotLeader(None)
-            }
-            Ok(bytes) => match CallReply::decode(&bytes) {
-                Ok(CallReply::Proposed(result)) => Outcome::Done(result),
-                Ok(CallReply::NotLeader(leader)) => Outcome::NotLeader(leader),
-                Ok(CallReply::Transferred(_) | CallReply::Closed(_)) => Outcome::NotLeader(None),
-                Err(error) => Outcome::Done(Err(ProposeError::Invalid(error.to_string()))),
-            },
-        }
-    }
-
-    /// The node with a replica id.
-    pub fn node_of(&self, replica: u64) -> Option<NodeId> {
-        self.shared.members.read().get(&replica).copied()
-    }
-
     fn replica_of(&self, node: NodeId) -> Option<u64> {
         let members = self.shared.members.read();
         let found = members.iter().find(|(_, known)| **known == node);
         found.map(|(replica, _)| *replica)
     }
 
-    fn machine(&self, group: GroupId) -> Option<Arc<RwLock<Machine>>> {
-        self.shared.machines.read().get(&group).cloned()
-    }
-
-    /// Reads one key from this node's replica, as new as it has it.
-    pub fn get(&self, group: GroupId, key: &str) -> Option<Entry> {
-        self.machine(group)?.read().get(key).cloned()
-    }
-
-    /// Reads all entries whose key starts with `prefix` from this node's replica, in key order,
-    /// and the group's newest stamp at that moment.
-    pub fn list(&self, group: GroupId, prefix: &str) -> (Vec<(String, Entry)>, Revision) {
-        let Some(machine) = self.machine(group) else {
-            return (Vec::new(), Revision::NONE);
-        };
-        let machine = machine.read();
-        let entries = machine
-            .range(prefix)
-            .map(|(key, entry)| (key.clone(), entry.clone()))
-            .collect();
-        (entries, machine.last_stamp)
-    }
-
-    /// As [`Self::list`], as it was when the group's newest stamp was not above `at`. Whether all
-    /// of that is here is for the caller to know, see [`Self::close`].
-    ///
-    /// # Errors
-    /// [`Compacted`] when changes after `at` are not kept any more.
-    pub async fn list_at(
-        &self,
-        group: GroupId,
-        prefix: &str,
-        at: Revision,
-    ) -> Result<Vec<(String, Entry)>, Compacted> {
-        let mut batches = self.watch();
-        loop {
-            let (entries, newest) = self.list(group, prefix);
-            if newest <= at {
-                return Ok(entries);
-            }
-            let mut entries = entries.into_iter().collect();
-            if self
-                .shared
-                .history
-                .undo(group, at, newest, prefix, &mut entries)?
-            {
-                return Ok(entries.into_iter().collect());
-            }
-            // What was applied a moment ago is noted in the same breath.
-            if let Err(RecvError::Closed) = batches.recv().await {
-                return Ok(Vec::new());
-            }
-        }
-    }
-
-    /// A group for [`crate::BackupWriter::group`], as this node's replica has it; `None`: it has
-    /// none.
-    ///
-    /// # Errors
-    /// When it is too large for a record.
-    pub fn group_backup(&self, group: GroupId) -> Option<Result<(u64, Bytes), CodecError>> {
-        let machine = self.machine(group)?;
-        let term = self.shared.status.borrow().get(&group)?.term;
-        let encoded = machine.read().encode();
-        Some(encoded.map(|bytes| (term, bytes.into())))
-    }
-
-    /// How far this node's replica of a group may be behind.
-    pub fn staleness(&self, group: GroupId) -> Staleness {
-        let machine = self.machine(group);
-        let index = machine.map_or(0, |machine| machine.read().applied);
-        let age = match self.leader(group) {
-            Some(leader) if leader == self.shared.replica => Some(Duration::ZERO),
-            leader => leader
-                .and_then(|leader| self.node_of(leader))
-                .and_then(|node| self.shared.heard.lock().get(&node).map(Instant::elapsed)),
-        };
-        Staleness { index, age }
-    }
-
-    /// The newest stamp this node's replica of a group has applied.
-    pub fn revision(&self, group: GroupId) -> Revision {
-        self.machine(group)
-            .map_or(Revision::NONE, |machine| machine.read().last_stamp)
-    }
-
-    /// Entries and bytes this node's replica of a group holds.
-    pub fn size(&self, group: GroupId) -> (usize, u64) {
-        self.machine(group).map_or((0, 0), |machine| {
-            let machine = machine.read();
-            (machine.len(), machine.bytes())
-        })
-    }
-
-    /// Waits until this node's replicas of `groups` have everything that was committed before the
-    /// call, by `ReadIndex` (Ongaro 2014, §6.4): what is read after it is linearizable.
-    ///
-    /// # Errors
-    /// [`ReadError::Timeout`] names the first group without an answer.
-    pub async fn read_barrier(
-        &self,
-        groups: &[GroupId],
-        timeout: Duration,
-    ) -> Result<(), ReadError> {
-        let deadline = tokio::time::Instant::now() + timeout;
-        let reads = groups
-            .iter()
-            .map(|group| self.barrier_one(*group, deadline));
-        futures::future::try_join_all(reads).await.map(|_| ())
-    }
-
-    async fn barrier_one(
-        &self,
-        group: GroupId,
-        deadline: tokio::time::Instant,
-    ) -> Result<(), ReadError> {
-        loop {
-            let (reply, answer) = oneshot::channel();
-            if self.is_full() {
-                return Err(ReadError::DiskFull);
-            }
-            let input = self.input(Input::Read(group, reply));
-            match tokio::time::timeout_at(deadline, input).await {
-                Err(_) => return Err(ReadError::Timeout { group }),
-                Ok(taken) if !taken || self.failure().is_some() => return Err(ReadError::Stopped),
-                Ok(_) => {}
-            }
-            match tokio::time::timeout_at(deadline, answer).await {
-                Err(_) => return Err(ReadError::Timeout { group }),
-                Ok(Ok(())) => return Ok(()),
-                // Turned away, or the group is not here yet.
-                Ok(Err(_)) => {
-                    let wait = tokio::time::Instant::now() + RETRY_PAUSE_MAX;
-                    if wait >= deadline {
-                        return Err(ReadError::Timeout { group });
-                    }
-                    tokio::time::sleep_until(wait).await;
-                }
-            }
-        }
-    }
-
-    /// Every change from now on, in order within a group. A receiver that falls far behind gets
-    /// `Lagged` and must read anew.
-    pub fn watch(&self) -> broadcast::Receiver<Batch> {
-        self.shared.batches.subscribe()
-    }
-
-    /// Every change of a group above a revision, in order, each once; at whichever node that
-    /// revision was seen.
-    ///
-    /// # Errors
-    /// [`Compacted`] when this node does not keep changes that old.
-    pub fn follow(&self, group: GroupId, after: Revision) -> Result<Following, Compacted> {
-        let (history, batches) = (
-            Arc::clone(&self.shared.history),
-            self.shared.batches.clone(),
-        );
-        Following::new(group, after, history, batches)
+    /// The node with a replica id.
+    pub fn node_of(&self, replica: u64) -> Option<NodeId> {
+        self.shared.members.read().get(&replica).copied()
     }
 
     /// Leaders and voters of all groups as this node sees them; changes wake the receiver.
@@ -811,33 +392,6 @@ impl Host {
         *self.shared.full.borrow()
     }
 
-    /// Hands all leadership to others, waiting at most `timeout`; `true` when none is left here.
-    pub async fn hand_over(&self, timeout: Duration) -> bool {
-        let deadline = tokio::time::Instant::now() + timeout;
-        loop {
-            let (reply, answer) = oneshot::channel();
-            if !self.input(Input::HandOver(reply)).await {
-                return false;
-            }
-            match tokio::time::timeout_at(deadline, answer).await {
-                Ok(Ok(0)) => return true,
-                Ok(Ok(_)) => {}
-                Ok(Err(_)) | Err(_) => return false,
-            }
-            let next = tokio::time::Instant::now() + Duration::from_millis(30);
-            if next >= deadline {
-                return false;
-            }
-            tokio::time::sleep_until(next).await;
-        }
-    }
-
-    /// Tells that this node should lead no group that another live voter can lead (`true`), as before
-    /// it is taken away; a node with a slow disk finds out for itself. It goes on voting.
-    pub async fn set_reluctant(&self, reluctant: bool) {
-        self.input(Input::Reluctant(reluctant)).await;
-    }
-
     /// Stops the thread after the round it is in; everything acknowledged is on disk.
     pub async fn stop(&self) {
         self.input(Input::Stop).await;
@@ -845,106 +399,5 @@ impl Host {
         if let Some(thread) = thread {
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use krake_model::ids::FederationId;
-
-    use super::*;
-    use crate::command::{Expect, Operation};
-    use crate::disk::{Disk, create_in, has_room};
-    use crate::log::GroupLog;
-    use crate::medium::memory::MemoryDirectory;
-
-    const LIMIT: Duration = Duration::from_secs(20);
-
-    struct Alone;
-
-    #[async_trait]
-    impl Transport for Alone {
-        fn send(&self, _: NodeId, _: Vec<u8>) -> bool {
-            false
-        }
-
-        async fn call(&self, _: NodeId, _: Vec<u8>, _: Duration) -> Result<Vec<u8>, String> {
-            Err("there is nobody else".to_owned())
-        }
-    }
-
-    struct InMemory(Arc<MemoryDirectory>, Owner);
-
-    impl Home for InMemory {
-        fn open(&self) -> Result<(Disk, Vec<(GroupId, GroupLog)>), DiskError> {
-            Disk::open_in(Box::new(Arc::clone(&self.0)), Path::new("memory"), self.1)
-        }
-
-        fn has_room(&self) -> Result<bool, DiskError> {
-            has_room(&*self.0, Path::new("memory"))
-        }
-    }
-
-    fn write(key: &str) -> Command {
-        Command::new(vec![Operation::Put {
-            key: key.to_owned(),
-            value: Bytes::from(vec![7; 100_000]),
-            expect: Expect::Any,
-        }])
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_full_disk_makes_the_node_read_only_until_there_is_room() {
-        let owner = Owner {
-            federation: FederationId::from_bytes([1; 32]),
-            node: NodeId::from_bytes([2; 32]),
-        };
-        let directory = Arc::<MemoryDirectory>::default();
-        create_in(&*directory, owner).ok().unwrap();
-        let config = Config::new(owner, 1, PathBuf::new(), 1);
-        let home = Box::new(InMemory(Arc::clone(&directory), owner));
-        let clock = || Timestamp::from_millis(1);
-        let host = Host::start_at(home, &config, Arc::new(Alone), clock).unwrap();
-        let meta = GroupId::META;
-        host.set_members(vec![MemberInfo {
-            replica: 1,
-            node: owner.node,
-            operator: String::new(),
-            grid_zone: String::new(),
-            country: String::new(),
-            alive: true,
-            far: false,
-        }])
-        .await;
-        host.bootstrap(vec![meta]).await.unwrap();
-        host.propose(meta, write("before"), LIMIT).await.unwrap();
-
-        directory.limit_room(Some(1_500_000));
-        let mut number = 0;
-        let error = loop {
-            number += 1;
-            let short = Duration::from_secs(2);
-            match host.propose(meta, write(&number.to_string()), short).await {
-                Ok(_) => assert!(number < 100, "there was no room for long"),
-                Err(error) => break error,
-            }
-        };
-        assert!(matches!(error, ProposeError::DiskFull), "{error}");
-        assert!(host.is_full() && host.failure().is_none());
-        assert!(!host.leads(meta));
-        assert!(host.get(meta, "before").is_some(), "stale reads go on");
-        let read = host.read_barrier(&[meta], LIMIT).await;
-        assert!(matches!(read, Err(ReadError::DiskFull)), "{read:?}");
-
-        directory.limit_room(None);
-        host.propose(meta, write("after"), LIMIT).await.unwrap();
-        assert!(!host.is_full());
-        host.read_barrier(&[meta], LIMIT).await.unwrap();
-        for key in ["before", "1", "after"] {
-            assert!(host.get(meta, key).is_some(), "{key} is lost");
-        }
-        host.stop().await;
     }
 }

@@ -15,7 +15,8 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tracing::debug;
 
-use crate::network::{Handler, Shared};
+use crate::network::Handler;
+use crate::network::shared::Shared;
 use crate::streams::{self, CALL_BYTES_MAX, CALLS, Gathered};
 
 /// Questions that wait to be written to one peer at most; more wait where they are asked.

@@ -1,0 +1,314 @@
+//! What runs at each node: it starts, ticks, works and stops.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
+use std::sync::Arc;
+
+use krake_model::ids::{FederationId, GroupId, NodeId};
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+
+use super::clients::{Closing, Pending};
+use super::{Event, SECOND, World};
+use crate::core::{Batch, Settings};
+use crate::disk::{Disk, DiskError, create_in};
+use crate::group::Group;
+use crate::medium::memory::MemoryDirectory;
+use crate::replica::{Effects, Replica};
+use crate::voters::MemberInfo;
+use crate::wal::Owner;
+use crate::wire::Frame;
+
+/// One tick of Raft.
+const TICK: u64 = 100_000;
+/// A node that is away for longer is replaced as a voter.
+const AWAY: u64 = 10 * SECOND;
+/// A segment of the log is small, so that many come and go.
+const SEGMENT: u64 = 24 * 1024;
+/// So much of a snapshot is written at once, so that most take several rounds.
+const SLICE: usize = 2000;
+
+pub(super) struct Node {
+    pub(super) directory: Arc<MemoryDirectory>,
+    pub(super) process: Option<Process>,
+    pub(super) boot: u64,
+    pub(super) member: bool,
+    /// Ahead of the true time, in milliseconds.
+    pub(super) clock: i64,
+    /// Thousandths that its clock gains.
+    pub(super) drift: i64,
+    /// How long its tick takes.
+    tick: u64,
+    pub(super) paused_until: u64,
+    away_since: Option<u64>,
+    /// A bit on its disk was flipped.
+    pub(super) flipped: bool,
+    /// Its files are damaged: it does not come back.
+    pub(super) lost: bool,
+    /// It was a member and is none any more; replica ids are never used twice.
+    pub(super) left: bool,
+    /// Until when its disk is slow, and how long it then takes for each step.
+    pub(super) slow: (u64, u64),
+}
+
+impl Node {
+    pub(super) fn new(random: &mut StdRng, member: bool) -> Self {
+        Self {
+            directory: Arc::default(),
+            process: None,
+            boot: 0,
+            member,
+            clock: random.random_range(-500..500),
+            drift: random.random_range(-50..=50),
+            tick: TICK * random.random_range(990..1010) / 1000,
+            paused_until: 0,
+            away_since: None,
+            flipped: false,
+            lost: false,
+            left: false,
+            slow: (0, 0),
+        }
+    }
+}
+
+pub(super) struct Process {
+    pub(super) replica: Replica,
+    pub(super) pending: Vec<Pending>,
+    pub(super) closing: Vec<Closing>,
+}
+
+/// What a step of a node sent.
+#[derive(Default)]
+struct Sent(Vec<(NodeId, Frame)>);
+
+impl Effects for Sent {
+    fn send(&mut self, to: NodeId, frame: &Frame) -> bool {
+        self.0.push((to, frame.clone()));
+        true
+    }
+
+    fn applied(&mut self, _: &BTreeMap<GroupId, Group>, _: VecDeque<Batch>) {}
+}
+
+pub(super) fn node_id(replica: u64) -> NodeId {
+    NodeId::from_bytes([replica as u8; 32])
+}
+
+fn owner(replica: u64) -> Owner {
+    Owner {
+        federation: FederationId::from_bytes([9; 32]),
+        node: node_id(replica),
+    }
+}
+
+impl World<'_> {
+    pub(super) fn members(&self) -> Vec<MemberInfo> {
+        let away = |node: &Node| {
+            node.away_since
+                .is_some_and(|since| self.now.saturating_sub(since) > AWAY)
+        };
+        self.nodes
+            .iter()
+            .filter(|(_, node)| node.member)
+            .map(|(replica, node)| MemberInfo {
+                replica: *replica,
+                node: node_id(*replica),
+                operator: format!("operator-{}", replica % 4),
+                grid_zone: format!("zone-{}", replica % 3),
+                country: format!("country-{}", replica % 3),
+                alive: !away(node),
+                far: replica % 2 == 0,
+            })
+            .collect()
+    }
+
+    pub(super) fn paused(&self, node: u64) -> Option<u64> {
+        let until = self.nodes[&node].paused_until;
+        (until > self.now).then_some(until)
+    }
+
+    pub(super) fn start(&mut self, replica: u64) -> Result<(), String> {
+        let (compact_entries, kept_entries) = (self.compact_entries, self.kept_entries);
+        let piece_bytes = self.piece_bytes;
+        let Some(node) = self.nodes.get_mut(&replica) else {
+            return Ok(());
+        };
+        if node.boot == 0 {
+            create_in(&*node.directory, owner(replica)).map_err(|_| "no catalog".to_owned())?;
+        }
+        node.boot += 1;
+        let boot = node.boot;
+        let settings = Settings {
+            replica,
+            election_ticks: 6,
+            heartbeat_ticks: 3,
+            boot_nonce: (replica << 32) | boot,
+            seed: replica * 7919 + boot,
+            compact_entries,
+            compact_bytes: 64 * 1024,
+            kept_entries,
+            piece_bytes,
+            counters: Arc::clone(&self.counters),
+        };
+        let directory = Box::new(Arc::clone(&node.directory));
+        let opened = Disk::open_in(directory, Path::new("simulated"), owner(replica)).and_then(
+            |(mut disk, groups)| {
+                disk.limit_segments(SEGMENT);
+                disk.limit_slices(SLICE);
+                Replica::new(settings, disk, groups)
+            },
+        );
+        match opened {
+            Ok(started) => {
+                node.process = Some(Process {
+                    replica: started,
+                    pending: Vec::new(),
+                    closing: Vec::new(),
+                });
+                node.away_since = None;
+                node.paused_until = 0;
+                self.checks.restarted(replica);
+                let tick = self.random.random_range(1..TICK);
+                self.schedule(
+                    tick,
+                    Event::Tick {
+                        node: replica,
+                        boot,
+                    },
+                );
+                let members = self.members();
+                self.step(replica, |replica| {
+                    replica.set_members(members);
+                    Ok(())
+                })?;
+                self.tell_members();
+                Ok(())
+            }
+            // The power went again while it started.
+            Err(DiskError::Io(_)) => {
+                self.stop(replica, true);
+                Ok(())
+            }
+            Err(DiskError::Full(_)) => {
+                self.stop(replica, false);
+                Ok(())
+            }
+            // It says so, and serves nothing.
+            Err(DiskError::Damaged { .. } | DiskError::Foreign { .. })
+                if self.nodes[&replica].flipped =>
+            {
+                if let Some(node) = self.nodes.get_mut(&replica) {
+                    node.lost = true;
+                }
+                Ok(())
+            }
+            Err(error) => Err(format!(
+                "replica {replica} does not open its files: {error}"
+            )),
+        }
+    }
+
+    /// It is gone, and comes back after a while.
+    pub(super) fn stop(&mut self, replica: u64, power: bool) {
+        let wait = self.random.random_range(100_000..8 * SECOND);
+        let wait = if self.calm { wait / 8 } else { wait };
+        let now = self.now;
+        let Some(node) = self.nodes.get_mut(&replica) else {
+            return;
+        };
+        node.process = None;
+        node.away_since.get_or_insert(now);
+        node.paused_until = 0;
+        if power {
+            node.directory.power_cut();
+        }
+        self.schedule(wait, Event::Restart { node: replica });
+    }
+
+    pub(super) fn tell_members(&mut self) {
+        let nodes: Vec<(u64, u64)> = self
+            .nodes
+            .iter()
+            .map(|(id, node)| (*id, node.boot))
+            .collect();
+        for (node, boot) in nodes {
+            let after = self.random.random_range(1_000..SECOND);
+            self.schedule(after, Event::Members { node, boot });
+        }
+    }
+
+    pub(super) fn on_tick(&mut self, node: u64, boot: u64) -> Result<(), String> {
+        if self.nodes[&node].boot != boot || self.nodes[&node].process.is_none() {
+            return Ok(());
+        }
+        if let Some(until) = self.paused(node) {
+            self.schedule(until - self.now, Event::Tick { node, boot });
+            return Ok(());
+        }
+        let tick = self.nodes[&node].tick;
+        self.schedule(tick, Event::Tick { node, boot });
+        self.step(node, |replica| {
+            replica.tick();
+            Ok(())
+        })
+    }
+
+    /// Gives something to a node and lets it work.
+    pub(super) fn step(
+        &mut self,
+        own: u64,
+        give: impl FnOnce(&mut Replica) -> Result<(), DiskError>,
+    ) -> Result<(), String> {
+        let Some(mut process) = self
+            .nodes
+            .get_mut(&own)
+            .and_then(|node| node.process.take())
+        else {
+            return Ok(());
+        };
+        let mut sent = Sent::default();
+        let worked = give(&mut process.replica).and_then(|()| process.replica.rounds(&mut sent));
+        let took = self.work_time(own);
+        for (to, frame) in sent.0 {
+            self.checks.sent(&frame)?;
+            self.send(own, u64::from(to.as_bytes()[0]), &frame, took)?;
+        }
+        match worked {
+            Ok(()) => {
+                self.checks.look(&process.replica)?;
+                self.answer_pending(&mut process);
+                self.answer_closing(&mut process)?;
+                if let Some(node) = self.nodes.get_mut(&own) {
+                    node.process = Some(process);
+                }
+                Ok(())
+            }
+            Err(DiskError::Io(_)) => {
+                // What was answered before is answered.
+                self.answer_pending(&mut process);
+                // The process alone, or the whole machine.
+                let power = self.random.random_bool(0.7);
+                self.nodes[&own].directory.never_fail();
+                self.stop(own, power);
+                Ok(())
+            }
+            Err(DiskError::Full(_)) => {
+                self.answer_pending(&mut process);
+                self.stop(own, false);
+                Ok(())
+            }
+            Err(error) => Err(format!("replica {own}: {error}")),
+        }
+    }
+
+    /// How long a slow disk holds up what a step sends, and everything after it.
+    fn work_time(&mut self, own: u64) -> u64 {
+        let now = self.now;
+        let Some(node) = self.nodes.get_mut(&own).filter(|node| node.slow.0 > now) else {
+            return 0;
+        };
+        let took = node.slow.1;
+        node.paused_until = node.paused_until.max(now + took);
+        took
+    }
+}

@@ -1,0 +1,94 @@
+//! What must be true in the end.
+
+use std::fmt::Write as _;
+
+use super::World;
+use super::nodes::Node;
+use crate::simulation::checks::Checks;
+use crate::simulation::history::{Asked, Got, Operation, linearizable};
+
+impl World<'_> {
+    pub(super) fn verdict(&self) -> Result<(), String> {
+        if let Some(stuck) = &self.stuck {
+            return Err(format!("{stuck}\n{}", self.groups_now()));
+        }
+        for (id, client) in self.clients.iter().enumerate() {
+            if client.waits() {
+                return Err(format!(
+                    "client {id} is still without an answer, long after the last fault"
+                ));
+            }
+        }
+        let mut replicas = Vec::new();
+        let expected = |(_, node): &(&u64, &Node)| node.member && !node.lost;
+        for (id, node) in self.nodes.iter().filter(expected) {
+            match &node.process {
+                Some(process) => replicas.push(&process.replica),
+                None => return Err(format!("replica {id} has not come back")),
+            }
+        }
+        let late = self
+            .history
+            .values()
+            .flatten()
+            .filter(|operation| operation.returned.is_some())
+            .count();
+        if late == 0 {
+            return Err("nothing was ever answered".to_owned());
+        }
+        Checks::equal(&replicas)?;
+        for ((group, key), operations) in &self.history {
+            // What is there in the end was there for everybody to read.
+            let mut operations = operations.clone();
+            let machine = replicas[0].core.groups[group].machine.read();
+            let value = machine.get(key).map_or(0, |entry| {
+                let mut value = [0; 8];
+                value.copy_from_slice(&entry.value);
+                u64::from_le_bytes(value)
+            });
+            operations.push(Operation {
+                asked: Asked::Read,
+                invoked: u64::MAX - 1,
+                returned: Some((u64::MAX, Got::Value(value))),
+            });
+            if !linearizable(&operations) {
+                return Err(format!(
+                    "the history of {key} in {group} is not linearizable"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Who votes and leads, for a report.
+    fn groups_now(&self) -> String {
+        let mut text = String::new();
+        for (id, node) in self.nodes.iter().filter(|(_, node)| node.member) {
+            let _ = write!(
+                text,
+                "replica {id}{}:",
+                if node.lost { " (lost)" } else { "" }
+            );
+            for group in node
+                .process
+                .iter()
+                .flat_map(|p| p.replica.core.groups.values())
+            {
+                let raft = &group.raw.raft;
+                let _ = write!(
+                    text,
+                    " {} {:?} term {} leader {:?} voters {:?} log {} committed {};",
+                    group.id,
+                    raft.state,
+                    raft.term,
+                    group.leader(),
+                    group.voters(),
+                    raft.raft_log.last_index(),
+                    raft.raft_log.committed,
+                );
+            }
+            text.push('\n');
+        }
+        text
+    }
+}

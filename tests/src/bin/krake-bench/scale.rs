@@ -46,7 +46,7 @@ pub async fn watchers() {
     };
     let key = "kv/bench/watched";
     let group = group_of(key, 16).unwrap();
-    let (told, mut all) = mpsc::unbounded_channel();
+    let (told, mut all) = mpsc::channel(WATCHERS);
     for _ in 0..WATCHERS / WATCHES_OF_ONE {
         let client = CatalogClient::connect(&node.catalog_endpoint())
             .await
@@ -56,7 +56,7 @@ pub async fn watchers() {
             let told = told.clone();
             tokio::spawn(async move {
                 while let Ok(event) = watch.next().await {
-                    if !event.changes.is_empty() && told.send(Instant::now()).is_err() {
+                    if !event.changes.is_empty() && told.send(Instant::now()).await.is_err() {
                         return;
                     }
                 }

@@ -18,6 +18,8 @@ use super::measure::{at, median};
 
 const MEMBERS: u64 = 5;
 const WRITES: usize = 60;
+/// Frames on one way at once; more are lost.
+const FRAMES_MAX: usize = 4096;
 const LIMIT: Duration = Duration::from_secs(60);
 
 type Hosts = Arc<RwLock<BTreeMap<NodeId, Host>>>;
@@ -33,14 +35,14 @@ struct Ways {
     /// One way.
     delay: Duration,
     /// Frames on their way to each member, which do not overtake each other.
-    frames: BTreeMap<NodeId, mpsc::UnboundedSender<(Instant, Vec<u8>)>>,
+    frames: BTreeMap<NodeId, mpsc::Sender<(Instant, Vec<u8>)>>,
 }
 
 impl Ways {
     fn new(hosts: &Hosts, own: NodeId, delay: Duration) -> Self {
         let frames = (1..=MEMBERS).map(|replica| {
             let to = node(replica);
-            let (sender, mut frames) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
+            let (sender, mut frames) = mpsc::channel::<(Instant, Vec<u8>)>(FRAMES_MAX);
             let hosts = Arc::clone(hosts);
             tokio::spawn(async move {
                 while let Some((sent, frame)) = frames.recv().await {
@@ -66,7 +68,7 @@ impl Ways {
 impl Transport for Ways {
     fn send(&self, to: NodeId, frame: Vec<u8>) -> bool {
         let way = self.frames.get(&to);
-        way.is_some_and(|way| way.send((Instant::now(), frame)).is_ok())
+        way.is_some_and(|way| way.try_send((Instant::now(), frame)).is_ok())
     }
 
     async fn call(&self, to: NodeId, bytes: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, String> {

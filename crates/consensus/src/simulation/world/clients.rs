@@ -173,7 +173,7 @@ impl World<'_> {
         let (group, key) = current.key.clone();
         let (request, expect, asked) = (current.request, current.expect, current.asked);
         // Clients with an even number are at one site.
-        let origin = (client % 2 == 0).then_some(2);
+        let origin = client.is_multiple_of(2).then_some(2);
         let mut waiting = None;
         let give = |replica: &mut Replica| {
             waiting = Some(match asked {

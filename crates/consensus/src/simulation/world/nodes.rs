@@ -117,7 +117,7 @@ impl World<'_> {
                 grid_zone: format!("zone-{}", replica % 3),
                 country: format!("country-{}", replica % 3),
                 alive: !away(node),
-                far: replica % 2 == 0,
+                far: replica.is_multiple_of(2),
             })
             .collect()
     }

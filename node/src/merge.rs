@@ -38,7 +38,7 @@ impl Merge {
         }
     }
 
-    /// Takes the events of one command, or of none.
+    /// Takes the events of one command.
     pub fn take(&mut self, revision: u64, events: Vec<Event>) {
         if events.is_empty() {
             return;

@@ -133,6 +133,9 @@ impl CatalogStore {
         let group = batch.group;
         let revision = batch.revision.number();
         let events = self.events_of(batch);
+        if events.is_empty() {
+            return;
+        }
         if let Some(log) = self.group_events.get(&group) {
             log.append(events.iter().cloned());
         }
@@ -356,7 +359,10 @@ async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Batch>) {
         }
         let Some(store) = store.upgrade() else { return };
         match received {
-            Some(Ok(batch)) => store.take(batch),
+            Some(Ok(batch)) => {
+                store.take(batch);
+                store.take_all(&mut batches);
+            }
             Some(Err(RecvError::Lagged(_))) => store.lose_all(),
             Some(Err(RecvError::Closed)) => return,
             None => {}

@@ -26,7 +26,7 @@ use crate::frame::{self, Found};
 use crate::log::{GroupLog, HardState};
 use crate::medium::{Directory, RealDirectory};
 use crate::planted::{self, Bug};
-use crate::wal::{Owner, Wal, WalError};
+use crate::wal::{self, Owner, Wal, WalError};
 use crate::wire::{Entry, Snapshot};
 
 const RECORD_VERSION: u8 = 1;
@@ -315,7 +315,7 @@ impl Disk {
         .map_err(|error| match error {
             OpenError::Wal(error) => problem.of(error),
             OpenError::Record(segment, error) => problem.of(WalError::Damaged {
-                file: format!("segment {segment}"),
+                file: wal::name_of(segment),
                 offset: 0,
                 reason: error.to_string(),
             }),
@@ -548,7 +548,7 @@ fn damaged(name: &str, reason: String) -> WalError {
     }
 }
 
-/// What [`Disk::replace`] wrote.
+/// The payload of a file that is one frame.
 fn read_whole<'a>(bytes: &'a [u8], name: &str) -> Result<&'a [u8], WalError> {
     let Found::Frame { payload, .. } = frame::read(bytes, 0, 1) else {
         let reason = "its contents are not what was written";

@@ -1,5 +1,6 @@
 //! The handle by which others use the catalog.
 
+mod closed;
 mod proposals;
 mod reads;
 #[cfg(test)]
@@ -130,6 +131,11 @@ impl std::fmt::Debug for Host {
             .field("replica", &self.shared.replica)
             .finish_non_exhaustive()
     }
+}
+
+/// How long somebody else waits for an answer, who said so in milliseconds.
+fn patience_of(millis: u32) -> Duration {
+    Duration::from_millis(u64::from(millis.min(60_000)))
 }
 
 impl Host {
@@ -314,10 +320,7 @@ impl Host {
                 groups,
                 at,
                 patience,
-            } => {
-                let patience = Duration::from_millis(u64::from(patience.min(60_000)));
-                CallReply::Closed(self.close_led(groups, at, patience).await)
-            }
+            } => CallReply::Closed(self.close_led(groups, at, patience_of(patience)).await),
         };
         reply.encode().map_err(|error| error.to_string())
     }
@@ -349,6 +352,22 @@ impl Host {
     /// What was counted since the start.
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
+    }
+
+    /// Asks another member, which is thought to lead something. `None`: there is no answer, or it is
+    /// not readable.
+    async fn ask(&self, leader: u64, call: &Call, patience: Duration) -> Option<CallReply> {
+        let node = self.node_of(leader)?;
+        let asked = match call.encode() {
+            Ok(bytes) => self.shared.transport.call(node, bytes, patience).await,
+            Err(error) => Err(error.to_string()),
+        };
+        let reply =
+            asked.and_then(|bytes| CallReply::decode(&bytes).map_err(|error| error.to_string()));
+        if let Err(reason) = &reply {
+            debug!(%node, reason, "the leader did not answer");
+        }
+        reply.ok()
     }
 
     fn replica_of(&self, node: NodeId) -> Option<u64> {

@@ -6,7 +6,6 @@
 //! thread, one log on disk, one fsync per round and one frame per peer and round.
 
 mod backup;
-mod closed;
 pub mod command;
 mod core;
 mod disk;

@@ -63,7 +63,7 @@ impl From<io::Error> for WalError {
     }
 }
 
-fn name_of(number: u64) -> String {
+pub(crate) fn name_of(number: u64) -> String {
     format!("{PREFIX}{number:016}")
 }
 

@@ -230,6 +230,7 @@ impl Network {
             }
             drop(heard);
             self.shared.queues.lock().retain(|id, _| ids.contains(id));
+            self.shared.rtts.write().retain(|id, _| ids.contains(id));
             self.lines.retain(|id| ids.contains(id));
             self.shared
                 .view

@@ -207,29 +207,21 @@ impl Group {
         Ok(true)
     }
 
-    /// Hands leadership to a voter that has the whole log; `false` when there is none.
-    pub(crate) fn transfer(&mut self, to: Option<u64>, own: u64) -> bool {
-        if !self.is_leader() {
-            return false;
-        }
-        let last = self.raw.raft.raft_log.last_index();
-        let ready =
-            |id: &u64| {
-                *id != own
-                    && self.raw.raft.prs().get(*id).is_some_and(|progress| {
-                        self.is_active(progress) && progress.matched >= last
-                    })
-            };
-        let target = match to {
-            Some(id) => Some(id).filter(|id| ready(id) && self.voters().contains(id)),
-            None => self.voters().into_iter().find(ready),
+    /// As leader: the other voters that have the whole log, and could lead at once.
+    pub(crate) fn successors(&self) -> Vec<u64> {
+        let raft = &self.raw.raft;
+        let last = raft.raft_log.last_index();
+        let ready = |id: &u64| {
+            let progress = raft.prs().get(*id).filter(|_| *id != raft.id);
+            progress.is_some_and(|progress| self.is_active(progress) && progress.matched >= last)
         };
-        let Some(target) = target else {
-            return false;
-        };
+        self.voters().into_iter().filter(ready).collect()
+    }
+
+    /// Hands leadership to one of [`Self::successors`].
+    pub(crate) fn transfer(&mut self, to: u64) {
         self.rouse();
-        self.raw.transfer_leader(target);
+        self.raw.transfer_leader(to);
         self.dirty = true;
-        true
     }
 }

@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use krake_model::ids::GroupId;
 use tokio::sync::oneshot;
-use tracing::debug;
 
-use super::{Host, RETRY_PAUSE, RETRY_PAUSE_MAX};
+use super::{Host, RETRY_PAUSE, RETRY_PAUSE_MAX, patience_of};
 use crate::command::{Command, Committed, ProposeError};
 use crate::engine::Input;
 use crate::group::Outcome;
@@ -98,9 +97,6 @@ impl Host {
             let origin = submitted.then_some(self.shared.replica);
             return self.attempt(group, command.clone(), origin).await;
         };
-        let Some(node) = self.node_of(leader) else {
-            return Outcome::NotLeader(None);
-        };
         // A leader that does not answer may be gone: after a second we look for another.
         let patience = left.min(Duration::from_secs(1));
         let (command, patience_ms) = (command.clone(), patience.as_millis() as u32);
@@ -117,21 +113,11 @@ impl Host {
                 patience: patience_ms,
             }
         };
-        let bytes = match call.encode() {
-            Ok(bytes) => bytes,
-            Err(error) => return Outcome::Done(Err(ProposeError::Invalid(error.to_string()))),
-        };
-        match self.shared.transport.call(node, bytes, patience).await {
-            Err(reason) => {
-                debug!(%node, reason, "the leader did not answer");
-                Outcome::NotLeader(None)
-            }
-            Ok(bytes) => match CallReply::decode(&bytes) {
-                Ok(CallReply::Proposed(result)) => Outcome::Done(result),
-                Ok(CallReply::NotLeader(leader)) => Outcome::NotLeader(leader),
-                Ok(CallReply::Transferred(_) | CallReply::Closed(_)) => Outcome::NotLeader(None),
-                Err(error) => Outcome::Done(Err(ProposeError::Invalid(error.to_string()))),
-            },
+        match self.ask(leader, &call, patience).await {
+            Some(CallReply::Proposed(result)) => Outcome::Done(result),
+            Some(CallReply::NotLeader(leader)) => Outcome::NotLeader(leader),
+            // It may have been committed: it is asked for again under the same id.
+            _ => Outcome::NotLeader(None),
         }
     }
 
@@ -169,7 +155,7 @@ impl Host {
         origin: Option<u64>,
         patience: u32,
     ) -> CallReply {
-        let patience = Duration::from_millis(u64::from(patience.min(60_000)));
+        let patience = patience_of(patience);
         if let Err(error) = command.validate() {
             return CallReply::Proposed(Err(error));
         }

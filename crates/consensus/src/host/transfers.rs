@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use krake_model::ids::GroupId;
 use tokio::sync::oneshot;
-use tracing::debug;
 
 use super::{Host, RETRY_PAUSE_MAX};
 use crate::engine::{Input, TransferStart};
@@ -70,18 +69,10 @@ impl Host {
         if leader == self.shared.replica {
             return self.begin_transfer(group, to).await;
         }
-        let node = self.node_of(leader).ok_or(None)?;
-        let bytes = Call::Transfer { group, to }.encode().map_err(|_| None)?;
         let left = deadline.saturating_duration_since(tokio::time::Instant::now());
-        match self.shared.transport.call(node, bytes, left).await {
-            Err(reason) => {
-                debug!(%node, reason, "the leader did not answer");
-                Err(None)
-            }
-            Ok(bytes) => match CallReply::decode(&bytes) {
-                Ok(CallReply::Transferred(result)) => result.map_err(Some),
-                _ => Err(None),
-            },
+        match self.ask(leader, &Call::Transfer { group, to }, left).await {
+            Some(CallReply::Transferred(result)) => result.map_err(Some),
+            _ => Err(None),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Requests to join, from those who need not be members.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt;
 use tokio::sync::Semaphore;
@@ -9,6 +10,9 @@ use tracing::debug;
 use super::shared::{OUTSIDER_TIME, Shared};
 use super::{Handler, node_id};
 use crate::streams::{self, JOIN_BYTES_MAX};
+
+/// Whoever asks to join says so at once: others wait for the place.
+const REQUEST_TIME: Duration = Duration::from_secs(3);
 
 pub(super) async fn take_joins(
     mut incoming: libp2p_stream::IncomingStreams,
@@ -27,7 +31,9 @@ pub(super) async fn take_joins(
             shared.asks_to_join(peer);
             let work = async {
                 let node = node_id(&peer)?;
-                let request = streams::read(&mut stream, JOIN_BYTES_MAX).await.ok()??;
+                let request = streams::read(&mut stream, JOIN_BYTES_MAX);
+                let request = tokio::time::timeout(REQUEST_TIME, request).await.ok()?;
+                let request = request.ok()??;
                 let result = handler.join(node, &request).await;
                 shared.asks_to_join(peer);
                 streams::answer(&mut stream, result).await.ok()

@@ -553,7 +553,7 @@ async fn main() {
         bench.transfer(48).await;
     }
     if wants("leader") {
-        bench.leader(20).await;
+        bench.leader(100).await;
     }
     if wants("failover-fast") {
         bench

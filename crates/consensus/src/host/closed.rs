@@ -13,11 +13,10 @@ use krake_model::ids::GroupId;
 use krake_model::revision::Revision;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
-use tracing::debug;
 
+use super::{Host, RETRY_PAUSE, RETRY_PAUSE_MAX};
 use crate::command::ReadError;
 use crate::engine::Input;
-use crate::host::{Host, RETRY_PAUSE, RETRY_PAUSE_MAX};
 use crate::wire::{Call, CallReply};
 
 /// A leader that does not answer may be gone: then we look for another.
@@ -110,24 +109,15 @@ impl Host {
             at,
             patience: patience.as_millis() as u32,
         };
-        let (Some(node), Ok(bytes)) = (self.node_of(leader), call.encode()) else {
-            return Vec::new();
-        };
-        match self.shared.transport.call(node, bytes, patience).await {
-            Ok(bytes) => match CallReply::decode(&bytes) {
-                Ok(CallReply::Closed(closed)) => closed,
-                _ => Vec::new(),
-            },
-            Err(reason) => {
-                debug!(%node, reason, "the leader did not answer");
-                Vec::new()
-            }
+        match self.ask(leader, &call, patience).await {
+            Some(CallReply::Closed(closed)) => closed,
+            _ => Vec::new(),
         }
     }
 
     /// Those of the groups that this node leads, closed up to `at`, with the indices of their logs
     /// up to which everything stamped until then is.
-    pub(crate) async fn close_led(
+    pub(super) async fn close_led(
         &self,
         groups: Vec<GroupId>,
         at: Revision,

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::future::OptionFuture;
 use krake_consensus::{Batch, Command, Entry, Expect, Operation, ProposeError, ReadError};
 use krake_kube_api::store::{modified, set_revision};
 use krake_kube_api::{
@@ -336,7 +337,7 @@ async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Batch>) {
         let mut received = None;
         tokio::select! {
             batch = batches.recv() => received = Some(batch),
-            closed = async { closing.as_mut().expect("there is one").await }, if !idle => {
+            Some(closed) = OptionFuture::from(closing.as_mut()), if !idle => {
                 closing = None;
                 let Some(store) = store.upgrade() else { return };
                 match closed {

@@ -197,9 +197,30 @@ async fn a_watch_that_moves_from_node_to_node_is_told_everything_once_in_order()
         committed.len()
     );
     *end.lock() = committed.iter().max().copied();
+    stale_reads_say_how_old_they_are(&nodes).await;
     for watch in watches {
         let told = timeout(SOON, watch).await.expect("a watch's end").unwrap();
         check(&told, &committed);
+    }
+}
+
+async fn stale_reads_say_how_old_they_are(nodes: &Nodes) {
+    for (path, one_log) in [("", false), ("/app-0", true)] {
+        for (api, token) in &nodes.nodes {
+            let get = |query: &str| nodes.http.get(format!("{api}{APPS}{path}{query}"));
+            let stale = get("?resourceVersion=0")
+                .bearer_auth(token)
+                .send()
+                .await
+                .unwrap();
+            let header = |name: &str| Some(stale.headers().get(name)?.to_str().unwrap().to_owned());
+            let age: u64 = header("krake-age-ms").unwrap().parse().unwrap();
+            assert!(age < 10_000, "{age}");
+            let index = header("krake-index").map(|index| index.parse::<u64>().unwrap());
+            assert_eq!(index.is_some_and(|index| index > 0), one_log, "{index:?}");
+            let newest = get("").bearer_auth(token).send().await.unwrap();
+            assert_eq!(newest.headers().get("krake-age-ms"), None);
+        }
     }
 }
 

@@ -103,9 +103,11 @@ impl Core {
     /// `Ok(false)`: it leads already. `Err(None)`: another one leads, or nobody.
     pub(crate) fn transfer(&mut self, id: GroupId, to: u64) -> Result<bool, Option<TransferError>> {
         let own = self.settings.replica;
+        // Its node, not the group: the library asks anew who is active every election timeout.
+        let is_silent = self.peers.get(&to).is_some_and(|peer| peer.silent);
         let Some(group) = self.group_mut(id) else {
             return Err(Some(TransferError::UnknownGroup { group: id }));
         };
-        group.transfer_to(to, own)
+        group.transfer_to(to, is_silent, own)
     }
 }

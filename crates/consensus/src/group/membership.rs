@@ -186,7 +186,12 @@ impl Group {
 
     /// Hands leadership to the voter `to`, as an operator wishes: one that is a little behind gets
     /// what it lacks first (Ongaro 2014, §3.10). See [`crate::core::Core::transfer`].
-    pub(crate) fn transfer_to(&mut self, to: u64, own: u64) -> Result<bool, Option<TransferError>> {
+    pub(crate) fn transfer_to(
+        &mut self,
+        to: u64,
+        is_silent: bool,
+        own: u64,
+    ) -> Result<bool, Option<TransferError>> {
         if !self.is_leader() {
             return Err(None);
         }
@@ -197,8 +202,7 @@ impl Group {
         if !self.voters().contains(&to) {
             return Err(Some(TransferError::NotVoter { group, to }));
         }
-        let progress = self.raw.raft.prs().get(to);
-        if !progress.is_some_and(|progress| self.is_active(progress)) {
+        if is_silent {
             return Err(Some(TransferError::Silent { group, to }));
         }
         self.rouse();

@@ -12,6 +12,12 @@ use crate::wire::{Frame, MessageKind};
 /// A log entry, as far as replicas have to agree on it.
 type Digest = [u8; 16];
 
+/// Microseconds after which what is long past is forgotten again.
+const FORGET: u64 = 60_000_000;
+/// Entries of a group that are remembered; no replica is so far behind for long.
+const ENTRIES_KEPT: u64 = 20_000;
+const TERMS_KEPT: u64 = 1_000;
+
 /// What was seen so far.
 #[derive(Debug, Default)]
 pub(super) struct Checks {
@@ -23,6 +29,7 @@ pub(super) struct Checks {
     stamped: BTreeMap<GroupId, BTreeMap<u64, Revision>>,
     /// By the index behind which only higher stamps may come: the highest one that was closed.
     closed: BTreeMap<GroupId, BTreeMap<u64, Revision>>,
+    forget_at: u64,
     /// Up to which index each replica's log was compared.
     compared: BTreeMap<(GroupId, u64), u64>,
 }
@@ -31,6 +38,47 @@ impl Checks {
     /// A replica was started anew: everything of it is compared again.
     pub(super) fn restarted(&mut self, own: u64) {
         self.compared.retain(|(_, replica), _| *replica != own);
+    }
+
+    /// Forgets once a minute what is long past, so that a simulation of a month fits into memory.
+    pub(super) fn forget(&mut self, now: u64) {
+        if now < self.forget_at {
+            return;
+        }
+        self.forget_at = now + FORGET;
+        let keys = self.committed.keys();
+        let newest: BTreeMap<GroupId, u64> = keys.map(|(group, index)| (*group, *index)).collect();
+        let oldest = |group: &GroupId| {
+            let newest = newest.get(group).copied().unwrap_or(0);
+            newest.saturating_sub(ENTRIES_KEPT)
+        };
+        self.committed
+            .retain(|(group, index), _| *index >= oldest(group));
+        for (group, stamps) in &mut self.stamps {
+            *stamps = stamps.split_off(&oldest(group));
+        }
+        for (group, stamped) in &mut self.stamped {
+            *stamped = stamped.split_off(&oldest(group));
+        }
+        for (group, closed) in &mut self.closed {
+            // The last one before is in force for what comes after.
+            let before = closed
+                .range(..oldest(group))
+                .next_back()
+                .map(|(last, _)| *last);
+            if let Some(before) = before {
+                *closed = closed.split_off(&before);
+            }
+        }
+        let keys = self.leaders.keys();
+        let terms: BTreeMap<GroupId, u64> = keys.map(|(group, term)| (*group, *term)).collect();
+        let is_new = |group: &GroupId, term: u64| {
+            let newest = terms.get(group).copied().unwrap_or(0);
+            term + TERMS_KEPT >= newest
+        };
+        self.leaders.retain(|(group, term), _| is_new(group, *term));
+        self.votes
+            .retain(|(group, term, _), _| is_new(group, *term));
     }
 
     /// Looks at what a replica sends.

@@ -48,6 +48,25 @@ pub struct Operation {
     pub returned: Option<(u64, Got)>,
 }
 
+impl Operation {
+    /// The value that it put, if it took effect.
+    pub(super) const fn puts(&self) -> Option<Value> {
+        match self.asked {
+            Asked::Write(value) | Asked::CompareAndSet { to: value, .. } => Some(value),
+            Asked::Read => None,
+        }
+    }
+
+    /// The value that it certainly found.
+    pub(super) const fn saw(&self) -> Option<Value> {
+        match (self.asked, self.returned) {
+            (_, Some((_, Got::Value(value)))) => Some(value),
+            (Asked::CompareAndSet { from, .. }, Some((_, Got::Done))) => Some(from),
+            _ => None,
+        }
+    }
+}
+
 /// The state after an operation, if it can come now.
 fn step(state: Value, operation: &Operation) -> Option<Value> {
     let got = operation.returned.map(|(_, got)| got);

@@ -114,6 +114,30 @@ mod tests {
         assert!(pieces > 1000, "snapshots had only {pieces} pieces");
     }
 
+    /// One key of one group has a history that is longer than what is remembered.
+    #[test]
+    fn long_simulations_are_checked_part_by_part() {
+        let scenario = Scenario {
+            groups: 1,
+            keys: 1,
+            faulty_ms: 15 * 60 * 1000,
+            ..Scenario::smoke()
+        };
+        let report = run(1, &scenario);
+        assert_eq!(report.violation, None, "{report:?}");
+        assert!(report.answered > 3_000, "too little happened: {report:?}");
+        let planted = Scenario {
+            bug: Some(Bug::ReadBeforeApplied),
+            ..scenario
+        };
+        let report = run(1, &planted);
+        assert!(report.violation.is_some(), "{report:?}");
+        assert!(
+            report.simulated_ms < planted.faulty_ms,
+            "it was found at the end only"
+        );
+    }
+
     /// Those that few seeds find; `krake-sim --bug all` looks for all.
     #[test]
     fn planted_mistakes_are_found() {

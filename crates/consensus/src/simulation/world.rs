@@ -127,6 +127,11 @@ struct World<'a> {
     /// Clients do nothing until then.
     lull_until: u64,
     counters: Arc<Counters>,
+    /// What clients saw cannot have been.
+    wrong: Option<String>,
+    /// Operations that are forgotten, with and without an answer.
+    answered: usize,
+    given_up: usize,
     /// An operation begun long after the last fault was not answered.
     stuck: Option<String>,
     faults: usize,
@@ -152,8 +157,8 @@ pub(super) fn run(seed: u64, scenario: &Scenario) -> Report {
     trace.copy_from_slice(&world.trace.finalize().as_bytes()[..8]);
     Report {
         seed,
-        answered: operations().filter(|o| o.returned.is_some()).count(),
-        unknown: operations().filter(|o| o.returned.is_none()).count(),
+        answered: world.answered + operations().filter(|o| o.returned.is_some()).count(),
+        unknown: world.given_up + operations().filter(|o| o.returned.is_none()).count(),
         faults: world.faults,
         slept: world.counters.slept.load(Ordering::Relaxed),
         closed: world.closed,
@@ -196,6 +201,9 @@ impl<'a> World<'a> {
             calm: false,
             lull_until: 0,
             counters: Arc::default(),
+            wrong: None,
+            answered: 0,
+            given_up: 0,
             stuck: None,
             faults: 0,
             trace: blake3::Hasher::new(),
@@ -247,6 +255,9 @@ impl<'a> World<'a> {
             self.trace.update(&at.to_le_bytes());
             self.trace.update(&order.to_le_bytes());
             self.on(event)?;
+            if let Some(wrong) = self.wrong.take() {
+                return Err(wrong);
+            }
         }
         self.now = end;
         Ok(())
@@ -311,6 +322,7 @@ impl<'a> World<'a> {
             Event::Close => self.close(),
             Event::Census => {
                 self.tell_members();
+                self.checks.forget(self.now);
                 self.schedule(3 * SECOND, Event::Census);
                 Ok(())
             }

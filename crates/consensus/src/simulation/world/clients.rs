@@ -1,6 +1,6 @@
 //! Clients that each do one operation after another, and what nodes answer them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use krake_model::ids::GroupId;
@@ -15,7 +15,7 @@ use crate::command::{Command, Expect, Operation as Step, ProposeError, RequestId
 use crate::disk::DiskError;
 use crate::group::{Group, Outcome};
 use crate::replica::Replica;
-use crate::simulation::history::{Asked, Got, Operation, Value};
+use crate::simulation::history::{Asked, Got, Operation, Value, linearizable};
 
 /// How long a client waits for one node.
 const ATTEMPT: u64 = SECOND;
@@ -23,6 +23,11 @@ const ATTEMPT: u64 = SECOND;
 const PATIENCE: u64 = 6 * SECOND;
 /// After the last fault everything works again within this time.
 const RECOVERY: u64 = 5 * SECOND;
+/// Operations of one key after which its history is checked and forgotten.
+const PART: usize = 300;
+/// Of one key, operations without a result that are remembered: what was asked for minutes before
+/// has taken effect or never will.
+const UNKNOWN_MAX: usize = 12;
 /// The first moment of wall clocks: 2026-01-01.
 const EPOCH_MS: i64 = 1_767_225_600_000;
 
@@ -322,10 +327,61 @@ impl World<'_> {
         if let Some(operations) = self.history.get_mut(&current.key) {
             operations[current.place].returned = returned;
         }
+        if let Some(Got::Value(value)) = got {
+            self.cut(&current.key, current.place, value);
+        }
         if !self.calm || self.now < self.end_of_work() {
             let lull = self.lull_until.saturating_sub(self.now);
             let after = lull + self.random.random_range(1_000..400_000);
             self.schedule(after, Event::Think { client });
+        }
+    }
+
+    /// A long history is checked in parts. Where a read was alone, what it returned is all that the
+    /// operations before have left, apart from those that nobody knows the result of and nobody has
+    /// seen: they may still take effect.
+    fn cut(&mut self, key: &(GroupId, String), place: usize, value: Value) {
+        let asked_now = |client: &Client| client.current.as_ref().is_some_and(|c| c.key == *key);
+        let Some(operations) = self.history.get_mut(key) else {
+            return;
+        };
+        let read = operations[place];
+        let alone = operations
+            .iter()
+            .filter_map(|operation| operation.returned)
+            .filter(|(at, _)| *at > read.invoked)
+            .count()
+            == 1;
+        if operations.len() < PART || !alone || self.clients.iter().any(asked_now) {
+            return;
+        }
+        if !linearizable(operations) {
+            let (group, key) = key;
+            self.wrong = Some(format!(
+                "the history of {key} in {group} is not linearizable"
+            ));
+            return;
+        }
+        let seen: BTreeSet<Value> = operations.iter().filter_map(Operation::saw).collect();
+        let (answered, unknown): (Vec<Operation>, Vec<Operation>) = std::mem::take(operations)
+            .into_iter()
+            .partition(|operation| operation.returned.is_some());
+        let open =
+            |operation: &Operation| operation.puts().is_some_and(|value| !seen.contains(&value));
+        let count = unknown.len();
+        operations.extend(unknown.into_iter().filter(open));
+        let old = operations.len().saturating_sub(UNKNOWN_MAX);
+        operations.drain(..old);
+        self.given_up += count - operations.len();
+        self.answered += answered.len();
+        if value != 0 {
+            // So that the rest begins with what is there; it is not counted twice.
+            self.answered -= 1;
+            operations.push(Operation {
+                asked: Asked::Write(value),
+                invoked: read.invoked,
+                returned: read.returned.map(|(at, _)| (at, Got::Done)),
+            });
         }
     }
 

@@ -42,7 +42,7 @@ struct Arguments {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
     groups: u16,
     /// Simulated seconds with faults; 20 more without them follow.
-    #[arg(long, default_value_t = 45, value_parser = clap::value_parser!(u64).range(5..=100_000))]
+    #[arg(long, default_value_t = 45, value_parser = clap::value_parser!(u64).range(5..=31_536_000))]
     faulty_seconds: u64,
     /// Make this mistake, and end when a run finds it; `all`: each in turn, with a table.
     #[arg(long, value_name = "NAME", value_parser = mistake)]

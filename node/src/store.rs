@@ -378,9 +378,13 @@ async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Batch>) {
 
 /// Why a read could not be confirmed, as the API says it.
 pub fn read_error(error: &ReadError) -> ApiError {
-    ApiError::unavailable(format!(
-        "{error}; resourceVersion=0 reads what this node has"
-    ))
+    let text = format!("{error}; resourceVersion=0 reads what this node has");
+    match error {
+        ReadError::Timeout { .. } => waited(text),
+        ReadError::UnknownGroup { .. } | ReadError::DiskFull | ReadError::Stopped => {
+            ApiError::unavailable(text)
+        }
+    }
 }
 
 /// Why a write was not made, as the API says it.
@@ -391,10 +395,19 @@ pub fn write_error(error: &ProposeError) -> ApiError {
         }
         ProposeError::Conflict { .. } => ApiError::conflict(error.to_string()),
         ProposeError::Invalid(_) => ApiError::bad_request(error.to_string()),
-        ProposeError::Timeout { .. }
-        | ProposeError::UnknownGroup { .. }
-        | ProposeError::DiskFull
-        | ProposeError::Stopped => ApiError::unavailable(error.to_string()),
+        ProposeError::Timeout { .. } => waited(error.to_string()),
+        ProposeError::UnknownGroup { .. } | ProposeError::DiskFull | ProposeError::Stopped => {
+            ApiError::unavailable(error.to_string())
+        }
+    }
+}
+
+/// This node has tried for as long as anybody should wait. Where it says when to try again, kubectl
+/// does so ten times, and its user learns after two minutes that there is no majority.
+fn waited(text: String) -> ApiError {
+    ApiError {
+        retry_after: None,
+        ..ApiError::unavailable(text)
     }
 }
 

@@ -165,13 +165,7 @@ pub(super) async fn what_a_new_version_lacks_is_removed(site: Site) -> Result<()
 
 pub(super) async fn drift_is_noticed_and_repaired(site: Site) -> Result<()> {
     let (backend, api, place) = (site.backend().await?, site.api().await?, site.place());
-    let workload = site.app(
-        "shop",
-        vec![
-            deployment("web", 1, "x:1", "10m"),
-            config_map("settings", "1"),
-        ],
-    );
+    let workload = site.shop();
     apply(&backend, &workload).await?;
     ready(&backend, workload.uid).await?;
     let web = format!("/apis/apps/v1/namespaces/{place}/deployments/web");

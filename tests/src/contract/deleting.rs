@@ -66,13 +66,7 @@ pub(super) async fn a_deletion_waits_for_finalizers_and_leaves_nothing(site: Sit
 
 pub(super) async fn a_deletion_ends_when_the_namespace_is_gone(site: Site) -> Result<()> {
     let (backend, api, place) = (site.backend().await?, site.api().await?, site.place());
-    let workload = site.app(
-        "shop",
-        vec![
-            deployment("web", 1, "x:1", "10m"),
-            config_map("settings", "1"),
-        ],
-    );
+    let workload = site.shop();
     apply(&backend, &workload).await?;
     ready(&backend, workload.uid).await?;
     let path = format!("/api/v1/namespaces/{place}");

@@ -61,6 +61,15 @@ impl Site {
         }
     }
 
+    /// An app with something that becomes ready and something that does not have to.
+    pub(super) fn shop(&self) -> Workload {
+        let components = vec![
+            deployment("web", 1, "x:1", "10m"),
+            config_map("settings", "1"),
+        ];
+        self.app("shop", components)
+    }
+
     pub(super) async fn api(&self) -> Result<Api> {
         let kubeconfig = kube::config::Kubeconfig::read_from(&self.kubeconfig)?;
         let options = kube::config::KubeConfigOptions::default();

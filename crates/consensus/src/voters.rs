@@ -36,15 +36,17 @@ pub const fn voter_count(members: usize) -> usize {
 /// The voters `group` should have. Keeps the `current` ones that are alive, then takes what adds
 /// an operator, a country, a grid zone, in this order; ties by rendezvous hash (Thaler and
 /// Ravishankar 1998), so that the groups spread over the members. A voter that is not alive is
-/// kept only while nobody alive could take its place.
+/// kept only while nobody alive could take its place; a member that is not alive and does not vote
+/// does not count.
 pub fn desired_voters(
     group: GroupId,
     members: &BTreeMap<u64, MemberInfo>,
     current: &BTreeSet<u64>,
 ) -> BTreeSet<u64> {
-    let count = voter_count(members.len());
+    let can_vote = |member: &&MemberInfo| member.alive || current.contains(&member.replica);
+    let mut left: Vec<&MemberInfo> = members.values().filter(can_vote).collect();
+    let count = voter_count(left.len());
     let mut chosen: Vec<&MemberInfo> = Vec::with_capacity(count);
-    let mut left: Vec<&MemberInfo> = members.values().collect();
     while chosen.len() < count && !left.is_empty() {
         let fresh = |pick: fn(&MemberInfo) -> &str, member: &MemberInfo| {
             chosen.iter().all(|other| pick(other) != pick(member))
@@ -185,6 +187,19 @@ pub(crate) fn next_step(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_member_that_is_away_before_it_ever_voted_leaves_no_even_number_of_voters() {
+        let mut members = members(5);
+        members.get_mut(&5).unwrap().alive = false;
+        let voters = BTreeSet::from([1, 2, 3, 4]);
+        let desired = desired_voters(GroupId::META, &members, &voters);
+        assert_eq!(desired.len(), 3);
+        assert!(desired.is_subset(&voters), "{desired:?}");
+        // One that votes is missed: it counts until somebody takes its place.
+        let voters = BTreeSet::from([1, 2, 3, 4, 5]);
+        assert_eq!(desired_voters(GroupId::META, &members, &voters), voters);
+    }
 
     fn members(count: u64) -> BTreeMap<u64, MemberInfo> {
         (1..=count)

@@ -13,8 +13,13 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use krake_consensus::simulation::{Bug, Report, Scenario, run};
 
+/// A third of a simulation's time is spent with the system's allocator.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Exit code when a run went wrong, as for a failed test.
 const RED: u8 = 1;
+const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// Simulates the catalog under faults, one seed a run, on all cores.
 ///
@@ -44,6 +49,13 @@ struct Arguments {
     /// Simulated seconds with faults; 20 more without them follow.
     #[arg(long, default_value_t = 45, value_parser = clap::value_parser!(u64).range(5..=31_536_000))]
     faulty_seconds: u64,
+    /// Simulated days: faults, none, rest, and again, until they are over. Whoever is lost by the
+    /// end of a round leaves, and others join.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=3660))]
+    days: Option<u64>,
+    /// Simulated seconds of rest between two rounds, on the average.
+    #[arg(long, default_value_t = 3_280, requires = "days", value_parser = clap::value_parser!(u64).range(0..=31_536_000))]
+    rest_seconds: u64,
     /// Make this mistake, and end when a run finds it; `all`: each in turn, with a table.
     #[arg(long, value_name = "NAME", value_parser = mistake)]
     bug: Option<Mistake>,
@@ -91,6 +103,8 @@ struct Total {
     slept: u64,
     closed: usize,
     pieces: u64,
+    rounds: u64,
+    members: u64,
     simulated_ms: u64,
     red: Vec<Report>,
 }
@@ -104,6 +118,8 @@ impl Total {
         self.slept += report.slept;
         self.closed += report.closed;
         self.pieces += report.pieces;
+        self.rounds += report.rounds;
+        self.members += report.members;
         self.simulated_ms += report.simulated_ms;
         if report.violation.is_some() {
             self.red.push(report);
@@ -149,6 +165,8 @@ fn all(arguments: &Arguments, scenario: &Scenario, threads: usize, stop_at_first
             sum.slept += total.slept;
             sum.closed += total.closed;
             sum.pieces += total.pieces;
+            sum.rounds += total.rounds;
+            sum.members += total.members;
             sum.simulated_ms += total.simulated_ms;
             sum.red.extend(total.red);
         }
@@ -163,8 +181,12 @@ fn replay(arguments: &Arguments, scenario: &Scenario, seed: u64) -> String {
         .bug
         .map(|bug| format!(" --bug {}", name(bug)))
         .unwrap_or_default();
+    let long = arguments
+        .days
+        .map(|days| format!(" --days {days} --rest-seconds {}", arguments.rest_seconds))
+        .unwrap_or_default();
     format!(
-        "cargo run --release -p krake-sim -- --seed {seed} --nodes {} --groups {} --faulty-seconds {}{bug}",
+        "cargo run --release -p krake-sim -- --seed {seed} --nodes {} --groups {} --faulty-seconds {}{long}{bug}",
         arguments.nodes, arguments.groups, arguments.faulty_seconds
     )
 }
@@ -172,8 +194,10 @@ fn replay(arguments: &Arguments, scenario: &Scenario, seed: u64) -> String {
 fn say(total: &Total, took: Duration) {
     let simulated = total.simulated_ms as f64 / 1000.0;
     println!(
-        "{} runs, {} operations answered, {} without an answer, {} faults, groups fell silent {} times, stamps were closed {} times, {} pieces of snapshots; {:.1} h simulated in {:.1} s: {:.0} times real time",
+        "{} runs of {} rounds and {} members, {} operations answered, {} without an answer, {} faults, groups fell silent {} times, stamps were closed {} times, {} pieces of snapshots; {:.1} h simulated in {:.1} s: {:.0} times real time",
         total.runs,
+        total.rounds,
+        total.members,
         total.answered,
         total.unknown,
         total.faults,
@@ -226,6 +250,8 @@ fn main() -> ExitCode {
         nodes: arguments.nodes,
         groups: arguments.groups,
         faulty_ms: arguments.faulty_seconds * 1000,
+        rest_ms: arguments.rest_seconds * 1000,
+        long_ms: arguments.days.unwrap_or(0) * DAY_MS,
         ..Scenario::smoke()
     };
     let start = Instant::now();

@@ -32,12 +32,25 @@ pub(super) struct Checks {
     forget_at: u64,
     /// Up to which index each replica's log was compared.
     compared: BTreeMap<(GroupId, u64), u64>,
+    /// As each replica was when it was looked at last.
+    looked: BTreeMap<(GroupId, u64), Looked>,
+}
+
+/// What a replica may only do wrong by changing it.
+#[derive(Debug, PartialEq, Eq)]
+struct Looked {
+    term: u64,
+    leads: bool,
+    committed: u64,
+    applied: u64,
+    stamp: Revision,
 }
 
 impl Checks {
     /// A replica was started anew: everything of it is compared again.
     pub(super) fn restarted(&mut self, own: u64) {
         self.compared.retain(|(_, replica), _| *replica != own);
+        self.looked.retain(|(_, replica), _| *replica != own);
     }
 
     /// Forgets once a minute what is long past, so that a simulation of a month fits into memory.
@@ -104,6 +117,23 @@ impl Checks {
         let own = replica.core.settings.replica;
         for (id, group) in &replica.core.groups {
             let raft = &group.raw.raft;
+            let log = group.raw.store();
+            let committed = raft.raft_log.committed.min(log.last());
+            let (applied, stamp) = {
+                let machine = group.machine.read();
+                (machine.applied, machine.last_stamp)
+            };
+            let looked = Looked {
+                term: raft.term,
+                leads: group.is_leader(),
+                committed,
+                applied,
+                stamp,
+            };
+            if self.looked.get(&(*id, own)) == Some(&looked) {
+                continue;
+            }
+            self.looked.insert((*id, own), looked);
             if group.is_leader() {
                 let leader = *self.leaders.entry((*id, raft.term)).or_insert(own);
                 if leader != own {
@@ -113,9 +143,7 @@ impl Checks {
                     ));
                 }
             }
-            let log = group.raw.store();
             let compared = self.compared.entry((*id, own)).or_insert(0);
-            let committed = raft.raft_log.committed.min(log.last());
             let from = log.first().max(*compared + 1);
             for entry in log.entries().skip((from - log.first()) as usize) {
                 if entry.index > committed {
@@ -153,8 +181,7 @@ impl Checks {
                 }
             }
             *compared = committed.max(*compared);
-            let machine = group.machine.read();
-            self.stamp(*id, own, machine.applied, machine.last_stamp)?;
+            self.stamp(*id, own, applied, stamp)?;
         }
         Ok(())
     }

@@ -9,6 +9,9 @@
 //! and are replaced as voters when they are away. Now and then nobody asks for anything, so that
 //! groups fall silent. Snapshots travel in pieces of a few hundred bytes.
 //!
+//! A long simulation is one of rounds: faults, then none, then rest in which nobody asks for
+//! anything and every group must be silent. Whoever is lost by then leaves, and others join.
+//!
 //! What is checked: after every step that no two nodes lead a group in one term, that no replica
 //! votes twice in a term, that all replicas agree on every committed entry and on the state at
 //! every index, and that revisions rise (R1, R9, R10); at the end that the history of each key is
@@ -37,6 +40,10 @@ pub struct Scenario {
     pub faulty_ms: u64,
     /// Simulated milliseconds after them, in which everything must work again.
     pub calm_ms: u64,
+    /// Simulated milliseconds between that and the next faults, on the average.
+    pub rest_ms: u64,
+    /// Simulated milliseconds after which no other round begins; 0: there is one.
+    pub long_ms: u64,
     /// A mistake that the program is to make.
     pub bug: Option<Bug>,
 }
@@ -51,6 +58,8 @@ impl Scenario {
             keys: 3,
             faulty_ms: 45_000,
             calm_ms: 20_000,
+            rest_ms: 0,
+            long_ms: 0,
             bug: None,
         }
     }
@@ -73,6 +82,10 @@ pub struct Report {
     pub closed: usize,
     /// Pieces of snapshots that were sent.
     pub pieces: u64,
+    /// Times that there were faults and then none.
+    pub rounds: u64,
+    /// Members that there ever were.
+    pub members: u64,
     /// Simulated milliseconds.
     pub simulated_ms: u64,
     /// A number made of all that happened: equal runs have equal ones.

@@ -22,12 +22,14 @@ use self::clients::{Answer, Client};
 use self::network::Network;
 use self::nodes::{Node, node_id};
 use super::checks::Checks;
-use super::history::{Operation, Value};
+use super::history::{Asked, Got, Operation, Value};
 use super::{Report, Scenario};
 use crate::inspect::Counters;
 use crate::wire::Frame;
 
 const SECOND: u64 = 1_000_000;
+/// Without anything to do every group is silent within this time.
+const SILENT_WITHIN: u64 = 120 * SECOND;
 
 #[derive(Debug)]
 enum Event {
@@ -123,7 +125,13 @@ struct World<'a> {
     compact_entries: u64,
     kept_entries: u64,
     piece_bytes: usize,
-    calm: bool,
+    /// Since when there are no faults.
+    calm: Option<u64>,
+    /// Messages of groups that were sent.
+    messages: usize,
+    rounds: u64,
+    /// The highest replica id that was given.
+    newest_replica: u64,
     /// Clients do nothing until then.
     lull_until: u64,
     counters: Arc<Counters>,
@@ -163,6 +171,8 @@ pub(super) fn run(seed: u64, scenario: &Scenario) -> Report {
         slept: world.counters.slept.load(Ordering::Relaxed),
         closed: world.closed,
         pieces: world.counters.snapshot_pieces_sent.load(Ordering::Relaxed),
+        rounds: world.rounds,
+        members: world.newest_replica,
         simulated_ms: world.now / 1000,
         trace: u64::from_le_bytes(trace),
         violation,
@@ -198,7 +208,10 @@ impl<'a> World<'a> {
             compact_entries: random.random_range(15..80),
             kept_entries: random.random_range(0..30),
             piece_bytes: random.random_range(64..=512),
-            calm: false,
+            calm: None,
+            messages: 0,
+            rounds: 0,
+            newest_replica: scenario.nodes,
             lull_until: 0,
             counters: Arc::default(),
             wrong: None,
@@ -236,11 +249,77 @@ impl<'a> World<'a> {
         self.schedule(2 * SECOND, Event::Fault);
         self.schedule(3 * SECOND, Event::Census);
         self.schedule(SECOND, Event::Close);
-        let faulty = self.scenario.faulty_ms * 1000;
-        self.run_until(faulty)?;
-        self.become_calm()?;
-        self.run_until(faulty + self.scenario.calm_ms * 1000)?;
-        self.verdict()
+        loop {
+            self.run_until(self.now + self.scenario.faulty_ms * 1000)?;
+            self.become_calm()?;
+            self.run_until(self.now + self.scenario.calm_ms * 1000)?;
+            self.verdict()?;
+            self.rounds += 1;
+            if self.now >= self.scenario.long_ms * 1000 {
+                return Ok(());
+            }
+            self.rest()?;
+            self.begin_again();
+        }
+    }
+
+    /// Nobody asks for anything, and nothing fails.
+    fn rest(&mut self) -> Result<(), String> {
+        let most = (2000 * self.scenario.rest_ms).max(1);
+        let end = self.now + self.random.random_range(0..most);
+        self.lull_until = end;
+        self.run_until(end.min(self.now + SILENT_WITHIN))?;
+        let before = self.messages;
+        self.run_until(end)?;
+        let messages = self.messages - before;
+        if messages > 0 {
+            return Err(format!(
+                "{messages} messages of groups were sent although there was nothing to do for {} s\n{}",
+                SILENT_WITHIN / SECOND,
+                self.groups_now()
+            ));
+        }
+        Ok(())
+    }
+
+    /// After a round that was fine: its history is forgotten, and who is lost leaves for ever.
+    fn begin_again(&mut self) {
+        let values = self.values();
+        for (key, operations) in &mut self.history {
+            self.answered += operations.iter().filter(|o| o.returned.is_some()).count();
+            self.given_up += operations.iter().filter(|o| o.returned.is_none()).count();
+            operations.clear();
+            if let Some(value) = values.get(key).filter(|value| **value != 0) {
+                // So that the next round begins with what is there; it is not counted twice.
+                self.answered -= 1;
+                operations.push(Operation {
+                    asked: Asked::Write(*value),
+                    invoked: self.order,
+                    returned: Some((self.order + 1, Got::Done)),
+                });
+                self.order += 2;
+            }
+        }
+        let spent: Vec<u64> = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.is_spent())
+            .map(|(id, _)| *id)
+            .collect();
+        for id in spent {
+            self.nodes.remove(&id);
+            self.checks.restarted(id);
+        }
+        while (self.nodes.len() as u64) < self.scenario.nodes {
+            self.newest_replica += 1;
+            let node = Node::new(&mut self.random, false);
+            self.nodes.insert(self.newest_replica, node);
+        }
+        self.calm = None;
+        for client in 0..self.scenario.clients {
+            self.schedule(SECOND + client as u64 * 1000, Event::Think { client });
+        }
+        self.schedule(2 * SECOND, Event::Fault);
     }
 
     fn run_until(&mut self, end: u64) -> Result<(), String> {
@@ -279,12 +358,14 @@ impl<'a> World<'a> {
                 })
             }
             Event::Restart { node } => {
-                let known = &self.nodes[&node];
-                let away = known.process.is_none() && !known.lost && !known.left;
+                let away = self
+                    .nodes
+                    .get(&node)
+                    .is_some_and(|node| node.process.is_none() && !node.lost && !node.left);
                 if away { self.start(node) } else { Ok(()) }
             }
             Event::Members { node, boot } => {
-                if self.nodes[&node].boot != boot {
+                if self.nodes.get(&node).is_none_or(|node| node.boot != boot) {
                     return Ok(());
                 }
                 let members = self.members();
@@ -327,7 +408,9 @@ impl<'a> World<'a> {
                 Ok(())
             }
             Event::Room { node } => {
-                self.nodes[&node].directory.limit_room(None);
+                if let Some(node) = self.nodes.get(&node) {
+                    node.directory.limit_room(None);
+                }
                 Ok(())
             }
             Event::Gone { node } => {

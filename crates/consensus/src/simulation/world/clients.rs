@@ -172,7 +172,9 @@ impl World<'_> {
         if current.attempt != attempt {
             return Ok(());
         }
-        let node = &self.nodes[&to];
+        let Some(node) = self.nodes.get(&to) else {
+            return Ok(());
+        };
         let shown = (self.now / 1000) as i64 * (1000 + node.drift) / 1000 + node.clock;
         let now = Timestamp::from_millis(EPOCH_MS + shown);
         let (group, key) = current.key.clone();
@@ -315,11 +317,12 @@ impl World<'_> {
             return;
         };
         let begun = current.until - PATIENCE;
-        if got.is_none() && begun > self.scenario.faulty_ms * 1000 + RECOVERY {
+        let calm_for = self.calm.map_or(0, |since| begun.saturating_sub(since));
+        if got.is_none() && calm_for > RECOVERY {
             let (group, key) = &current.key;
             self.stuck = Some(format!(
                 "{key} in {group} was asked for {:.1} s after the last fault and there was no answer",
-                (begun - self.scenario.faulty_ms * 1000) as f64 / SECOND as f64
+                calm_for as f64 / SECOND as f64
             ));
         }
         self.order += 1;
@@ -330,7 +333,9 @@ impl World<'_> {
         if let Some(Got::Value(value)) = got {
             self.cut(&current.key, current.place, value);
         }
-        if !self.calm || self.now < self.end_of_work() {
+        // Nothing new is begun in the last part of the calm.
+        let end = |since| since + self.scenario.calm_ms / 2 * 1000;
+        if self.calm.is_none_or(|since| self.now < end(since)) {
             let lull = self.lull_until.saturating_sub(self.now);
             let after = lull + self.random.random_range(1_000..400_000);
             self.schedule(after, Event::Think { client });
@@ -383,11 +388,6 @@ impl World<'_> {
                 returned: read.returned.map(|(at, _)| (at, Got::Done)),
             });
         }
-    }
-
-    /// Clients begin nothing new in the last part of the calm.
-    fn end_of_work(&self) -> u64 {
-        (self.scenario.faulty_ms + self.scenario.calm_ms / 2) * 1000
     }
 
     /// Somebody needs to know everything up to the newest revision that was seen.

@@ -7,7 +7,7 @@ use super::{Event, SECOND, World};
 
 impl World<'_> {
     pub(super) fn fault(&mut self) -> Result<(), String> {
-        if self.calm {
+        if self.calm.is_some() {
             return Ok(());
         }
         let next = self.random.random_range(SECOND / 4..3 * SECOND);
@@ -114,20 +114,21 @@ impl World<'_> {
         Ok(())
     }
 
-    /// Whether one member may be lost for ever: none is yet, and enough of the others know that
-    /// every group has this many voters. What nobody else has would be lost with it.
+    /// Whether one member may be lost for ever: none is in this round, and enough of the others
+    /// know that every group has this many voters that are there. What nobody else has would be
+    /// lost with it.
     fn can_spare(&self, voters: usize) -> bool {
-        let spent = |node: &Node| node.flipped || node.left;
+        let is_there = |id: &u64| self.nodes.get(id).is_some_and(|node| node.member);
         let groups = usize::from(self.scenario.groups);
         let grown = |process: &&Process| {
             let replicas = &process.replica.core.groups;
             replicas.len() == groups
                 && replicas
                     .values()
-                    .all(|group| group.voters().len() >= voters)
+                    .all(|group| group.voters().into_iter().filter(is_there).count() >= voters)
         };
         let running = self.nodes.values().filter_map(|node| node.process.as_ref());
-        !self.nodes.values().any(spent) && running.filter(grown).count() >= 3
+        !self.nodes.values().any(Node::is_spent) && running.filter(grown).count() >= 3
     }
 
     /// It is a member no more, and goes on for a while before it hears of it.
@@ -149,7 +150,7 @@ impl World<'_> {
     }
 
     pub(super) fn become_calm(&mut self) -> Result<(), String> {
-        self.calm = true;
+        self.calm = Some(self.now);
         self.network.cut.clear();
         self.network.number += 1;
         (self.network.loss, self.network.repeat, self.network.delay) = (0.0, 0.0, 5_000);

@@ -24,6 +24,7 @@ impl World<'_> {
         frame: &Frame,
         held: u64,
     ) -> Result<(), String> {
+        self.messages += frame.messages.len();
         if self.network.cut.contains(&(from, to)) || self.random.random_bool(self.network.loss) {
             return Ok(());
         }

@@ -52,6 +52,11 @@ pub(super) struct Node {
 }
 
 impl Node {
+    /// It may be gone for ever.
+    pub(super) const fn is_spent(&self) -> bool {
+        self.flipped || self.left
+    }
+
     pub(super) fn new(random: &mut StdRng, member: bool) -> Self {
         Self {
             directory: Arc::default(),
@@ -91,7 +96,15 @@ impl Effects for Sent {
 }
 
 pub(super) fn node_id(replica: u64) -> NodeId {
-    NodeId::from_bytes([replica as u8; 32])
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&replica.to_be_bytes());
+    NodeId::from_bytes(bytes)
+}
+
+fn replica_of(node: NodeId) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&node.as_bytes()[..8]);
+    u64::from_be_bytes(bytes)
 }
 
 fn owner(replica: u64) -> Owner {
@@ -123,7 +136,7 @@ impl World<'_> {
     }
 
     pub(super) fn paused(&self, node: u64) -> Option<u64> {
-        let until = self.nodes[&node].paused_until;
+        let until = self.nodes.get(&node)?.paused_until;
         (until > self.now).then_some(until)
     }
 
@@ -211,7 +224,7 @@ impl World<'_> {
     /// It is gone, and comes back after a while.
     pub(super) fn stop(&mut self, replica: u64, power: bool) {
         let wait = self.random.random_range(100_000..8 * SECOND);
-        let wait = if self.calm { wait / 8 } else { wait };
+        let wait = if self.calm.is_some() { wait / 8 } else { wait };
         let now = self.now;
         let Some(node) = self.nodes.get_mut(&replica) else {
             return;
@@ -238,14 +251,14 @@ impl World<'_> {
     }
 
     pub(super) fn on_tick(&mut self, node: u64, boot: u64) -> Result<(), String> {
-        if self.nodes[&node].boot != boot || self.nodes[&node].process.is_none() {
+        let running = |node: &&Node| node.boot == boot && node.process.is_some();
+        let Some(tick) = self.nodes.get(&node).filter(running).map(|node| node.tick) else {
             return Ok(());
-        }
+        };
         if let Some(until) = self.paused(node) {
             self.schedule(until - self.now, Event::Tick { node, boot });
             return Ok(());
         }
-        let tick = self.nodes[&node].tick;
         self.schedule(tick, Event::Tick { node, boot });
         self.step(node, |replica| {
             replica.tick();
@@ -271,7 +284,7 @@ impl World<'_> {
         let took = self.work_time(own);
         for (to, frame) in sent.0 {
             self.checks.sent(&frame)?;
-            self.send(own, u64::from(to.as_bytes()[0]), &frame, took)?;
+            self.send(own, replica_of(to), &frame, took)?;
         }
         match worked {
             Ok(()) => {

@@ -1,11 +1,14 @@
 //! What must be true in the end.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+
+use krake_model::ids::GroupId;
 
 use super::World;
 use super::nodes::Node;
 use crate::simulation::checks::Checks;
-use crate::simulation::history::{Asked, Got, Operation, linearizable};
+use crate::simulation::history::{Asked, Got, Operation, Value, linearizable};
 
 impl World<'_> {
     pub(super) fn verdict(&self) -> Result<(), String> {
@@ -37,15 +40,12 @@ impl World<'_> {
             return Err("nothing was ever answered".to_owned());
         }
         Checks::equal(&replicas)?;
-        for ((group, key), operations) in &self.history {
+        let values = self.values();
+        for (place, operations) in &self.history {
+            let (group, key) = place;
             // What is there in the end was there for everybody to read.
             let mut operations = operations.clone();
-            let machine = replicas[0].core.groups[group].machine.read();
-            let value = machine.get(key).map_or(0, |entry| {
-                let mut value = [0; 8];
-                value.copy_from_slice(&entry.value);
-                u64::from_le_bytes(value)
-            });
+            let value = values.get(place).copied().unwrap_or(0);
             operations.push(Operation {
                 asked: Asked::Read,
                 invoked: u64::MAX - 1,
@@ -60,8 +60,27 @@ impl World<'_> {
         Ok(())
     }
 
+    /// What is there, where anything was asked for, while all replicas are equal.
+    pub(super) fn values(&self) -> BTreeMap<(GroupId, String), Value> {
+        let mut members = self.nodes.values().filter(|node| node.member);
+        let Some(process) = members.find_map(|node| node.process.as_ref()) else {
+            return BTreeMap::new();
+        };
+        let groups = &process.replica.core.groups;
+        let value = |(group, key): &(GroupId, String)| {
+            let machine = groups.get(group)?.machine.read();
+            let mut value = [0; 8];
+            value.copy_from_slice(&machine.get(key)?.value);
+            Some(u64::from_le_bytes(value))
+        };
+        self.history
+            .keys()
+            .filter_map(|place| Some((place.clone(), value(place)?)))
+            .collect()
+    }
+
     /// Who votes and leads, for a report.
-    fn groups_now(&self) -> String {
+    pub(super) fn groups_now(&self) -> String {
         let mut text = String::new();
         for (id, node) in self.nodes.iter().filter(|(_, node)| node.member) {
             let _ = write!(

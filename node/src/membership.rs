@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
-use krake_consensus::{Expect, Host, MemberInfo, Operation, Owner, Transport};
+use krake_consensus::{Batch, Expect, Host, MemberInfo, Operation, Owner, Transport};
 use krake_gossip::Peer;
 use krake_model::codec::CodecError;
 use krake_model::{Genesis, GroupId, Member, NodeId};
 use serde_json::{Value, json};
+use tokio::sync::broadcast::error::RecvError;
 use tracing::{debug, info, warn};
 
 use crate::datadir::{DataDir, Membership};
@@ -185,19 +186,24 @@ pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: 
     catch_up.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut turn = 0;
     let mut cordoned = false;
+    follow_cordon(&federation, &mut cordoned).await;
     loop {
-        follow_cordon(&federation, &mut cordoned).await;
         let members = tokio::select! {
-            batch = batches.recv() => match batch {
-                Ok(batch) if batch.group == GroupId::META
-                    && (batch.reset || batch.changes.iter().any(|c| c.key.starts_with(records::MEMBERS))) =>
-                {
-                    federation.catalog.members()
+            round = batches.recv() => {
+                let round = match round {
+                    Ok(round) => Some(round),
+                    Err(RecvError::Lagged(_)) => None,
+                    Err(RecvError::Closed) => return,
+                };
+                let touched = |prefix| round.as_ref().is_none_or(|round| touches(round, prefix));
+                if touched("sites/") {
+                    follow_cordon(&federation, &mut cordoned).await;
                 }
-                Ok(_) => continue,
-                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => federation.catalog.members(),
-                Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
-            },
+                if !touched(records::MEMBERS) {
+                    continue;
+                }
+                federation.catalog.members()
+            }
             _ = care.tick() => {
                 apply_voters(&federation, &membership.members).await;
                 continue;
@@ -220,6 +226,18 @@ pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: 
             warn!(%error, "the members could not be noted");
         }
     }
+}
+
+/// Whether something under `prefix` may have changed in the meta group.
+fn touches(round: &[Batch], prefix: &str) -> bool {
+    let touched = |batch: &Batch| {
+        let mut keys = batch.changes.iter().map(|change| &change.key);
+        batch.reset || keys.any(|key| key.starts_with(prefix))
+    };
+    round
+        .iter()
+        .filter(|batch| batch.group == GroupId::META)
+        .any(touched)
 }
 
 /// A cordoned site is about to be worked on: its node gives away what it leads.

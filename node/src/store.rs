@@ -116,38 +116,38 @@ impl CatalogStore {
         self.lose(&Catalog::all_groups(self.catalog.shards));
     }
 
-    fn take_all(self: &Arc<Self>, batches: &mut Receiver<Batch>) {
+    fn take_all(self: &Arc<Self>, batches: &mut Receiver<Arc<[Batch]>>) {
         loop {
             match batches.try_recv() {
-                Ok(batch) => self.take(batch),
+                Ok(round) => self.take(&round),
                 Err(TryRecvError::Lagged(_)) => self.lose_all(),
                 Err(TryRecvError::Empty | TryRecvError::Closed) => return,
             }
         }
     }
 
-    fn take(self: &Arc<Self>, batch: Batch) {
-        if batch.reset {
-            self.lose(&[batch.group]);
-            return;
-        }
-        let group = batch.group;
-        let revision = batch.revision.number();
-        let events = self.events_of(batch);
-        if events.is_empty() {
-            return;
-        }
-        if let Some(log) = self.group_events.get(&group) {
-            log.append(events.iter().cloned());
-        }
-        if group != GroupId::META {
-            self.merge.lock().take(revision, events);
+    fn take(self: &Arc<Self>, round: &[Batch]) {
+        for batch in round {
+            if batch.reset {
+                self.lose(&[batch.group]);
+                continue;
+            }
+            let events = self.events_of(batch);
+            if events.is_empty() {
+                continue;
+            }
+            if let Some(log) = self.group_events.get(&batch.group) {
+                log.append(events.iter().cloned());
+            }
+            if batch.group != GroupId::META {
+                self.merge.lock().take(batch.revision.number(), events);
+            }
         }
     }
 
-    fn events_of(self: &Arc<Self>, batch: Batch) -> Vec<Event> {
+    fn events_of(self: &Arc<Self>, batch: &Batch) -> Vec<Event> {
         let mut events = Vec::new();
-        for change in batch.changes {
+        for change in &*batch.changes {
             let Some((plural, _)) = change.key.split_once('/') else {
                 continue;
             };
@@ -172,8 +172,8 @@ impl CatalogStore {
                     Some(object)
                 })
             };
-            let previous = change.previous.map(later);
-            let (kind, object) = match (change.entry.map(later), &previous) {
+            let previous = change.previous.clone().map(later);
+            let (kind, object) = match (change.entry.clone().map(later), &previous) {
                 (Some(object), None) => (EventKind::Added, object),
                 (Some(object), Some(_)) => (EventKind::Modified, object),
                 (None, Some(previous)) => (EventKind::Deleted, previous.clone()),
@@ -307,7 +307,7 @@ fn newest(catalog: &Catalog, groups: &[GroupId]) -> u64 {
 
 /// Brings what is applied to those who watch. The events of all shards are put in order by having
 /// the leaders close their stamps, as long as somebody watches them.
-async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Batch>) {
+async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Arc<[Batch]>>) {
     let Some((host, shards, wanted, first)) = store.upgrade().map(|store| {
         let shards = store.catalog.shard_groups();
         let first = newest(&store.catalog, &shards);
@@ -360,8 +360,8 @@ async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Batch>) {
         }
         let Some(store) = store.upgrade() else { return };
         match received {
-            Some(Ok(batch)) => {
-                store.take(batch);
+            Some(Ok(round)) => {
+                store.take(&round);
                 store.take_all(&mut batches);
             }
             Some(Err(RecvError::Lagged(_))) => store.lose_all(),

@@ -59,7 +59,7 @@ pub(crate) struct Settings {
     pub(crate) counters: Arc<Counters>,
 }
 
-/// Changes of one group, in commit order.
+/// Changes of one group, in commit order. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Batch {
     /// Which group.
@@ -69,7 +69,7 @@ pub struct Batch {
     /// A snapshot replaced the whole map: read it anew. `changes` is empty then.
     pub reset: bool,
     /// What changed, all by one command.
-    pub changes: Vec<Change>,
+    pub changes: Arc<[Change]>,
 }
 
 /// One group as this node sees it.

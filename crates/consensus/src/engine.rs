@@ -27,6 +27,8 @@ use crate::wire::Frame;
 
 /// Inputs taken into one round at most.
 const ROUND_INPUTS: usize = 512;
+/// How often the thread lets others go first, as long as they bring something, before a round.
+const GATHERINGS_MAX: usize = 4;
 /// How often a full disk is asked for room.
 const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 /// A disk is slow when its writes take longer than this, on the average of the last ones (weight
@@ -86,7 +88,7 @@ pub(crate) struct Engine {
 pub(crate) struct Output {
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) machines: Machines,
-    pub(crate) batches: broadcast::Sender<Batch>,
+    pub(crate) batches: broadcast::Sender<Arc<[Batch]>>,
     pub(crate) history: Arc<History>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) writing_since: Instant,
@@ -106,10 +108,10 @@ impl Output {
                 group: *id,
                 revision: group.machine.read().last_stamp,
                 reset: true,
-                changes: Vec::new(),
+                changes: Arc::new([]),
             };
             self.history.note(&batch);
-            let _ = self.batches.send(batch);
+            let _ = self.batches.send(Arc::new([batch]));
         }
     }
 }
@@ -143,10 +145,12 @@ impl Effects for Output {
                 .map(|(id, group)| (*id, Arc::clone(&group.machine)))
                 .collect();
         }
-        for batch in batches {
-            self.history.note(&batch);
+        for batch in &batches {
+            self.history.note(batch);
+        }
+        if !batches.is_empty() {
             // Nobody watching is fine.
-            let _ = self.batches.send(batch);
+            let _ = self.batches.send(batches.into_iter().collect());
         }
     }
 }
@@ -290,16 +294,8 @@ impl Engine {
             let wait = next_tick.saturating_duration_since(Instant::now());
             match self.inputs.recv_timeout(wait) {
                 Ok(input) => {
-                    if !self.take(input)? {
+                    if !self.take(input)? || !self.gather()? {
                         return Ok(());
-                    }
-                    for _ in 1..ROUND_INPUTS {
-                        let Ok(input) = self.inputs.try_recv() else {
-                            break;
-                        };
-                        if !self.take(input)? {
-                            return Ok(());
-                        }
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -314,6 +310,29 @@ impl Engine {
             }
             self.rounds()?;
         }
+    }
+
+    /// Takes what else there is into the round; `false`: stop. Whoever waits for this core goes
+    /// first: most likely it brings more, and a round costs a sync and a message to each peer,
+    /// however much is in it.
+    fn gather(&mut self) -> Result<bool, DiskError> {
+        let mut taken = 1;
+        for _ in 0..GATHERINGS_MAX {
+            std::thread::yield_now();
+            let before = taken;
+            while taken < ROUND_INPUTS
+                && let Ok(input) = self.inputs.try_recv()
+            {
+                if !self.take(input)? {
+                    return Ok(false);
+                }
+                taken += 1;
+            }
+            if taken == before {
+                break;
+            }
+        }
+        Ok(true)
     }
 
     /// `false`: stop.

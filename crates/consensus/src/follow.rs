@@ -30,20 +30,20 @@ pub struct Compacted {
     pub oldest: Revision,
 }
 
-/// What one command changed.
+/// What one command changed. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changes {
     /// The group's revision after it.
     pub revision: Revision,
     /// All of it took effect at once.
-    pub changes: Vec<Change>,
+    pub changes: Arc<[Change]>,
 }
 
 impl Changes {
     fn of(batch: &Batch) -> Self {
         Self {
             revision: batch.revision,
-            changes: batch.changes.clone(),
+            changes: Arc::clone(&batch.changes),
         }
     }
 
@@ -61,7 +61,7 @@ impl Changes {
 struct Kept {
     /// Everything above is there.
     floor: Revision,
-    changes: VecDeque<Arc<Changes>>,
+    changes: VecDeque<Changes>,
     bytes: usize,
 }
 
@@ -87,7 +87,7 @@ impl History {
         let kept = groups.entry(batch.group).or_default();
         let changes = Changes::of(batch);
         kept.bytes += changes.bytes();
-        kept.changes.push_back(Arc::new(changes));
+        kept.changes.push_back(changes);
         while kept.changes.len() > KEPT_COMMANDS || kept.bytes > KEPT_BYTES {
             let Some(oldest) = kept.changes.pop_front() else {
                 break;
@@ -124,7 +124,7 @@ impl History {
         Ok(true)
     }
 
-    fn after(&self, group: GroupId, after: Revision) -> Result<VecDeque<Arc<Changes>>, Compacted> {
+    fn after(&self, group: GroupId, after: Revision) -> Result<VecDeque<Changes>, Compacted> {
         let groups = self.0.read();
         let Some(kept) = groups.get(&group) else {
             return Ok(VecDeque::new());
@@ -143,9 +143,9 @@ impl History {
 pub struct Following {
     group: GroupId,
     history: Arc<History>,
-    batches: broadcast::Sender<Batch>,
-    live: broadcast::Receiver<Batch>,
-    waiting: VecDeque<Arc<Changes>>,
+    batches: broadcast::Sender<Arc<[Batch]>>,
+    live: broadcast::Receiver<Arc<[Batch]>>,
+    waiting: VecDeque<Changes>,
     last: Revision,
 }
 
@@ -154,7 +154,7 @@ impl Following {
         group: GroupId,
         after: Revision,
         history: Arc<History>,
-        batches: broadcast::Sender<Batch>,
+        batches: broadcast::Sender<Arc<[Batch]>>,
     ) -> Result<Self, Compacted> {
         // In this order: what happens in between is in both.
         let live = batches.subscribe();
@@ -174,11 +174,17 @@ impl Following {
         self.last
     }
 
+    fn begin_anew(&mut self) -> Result<(), Compacted> {
+        self.live = self.batches.subscribe();
+        self.waiting = self.history.after(self.group, self.last)?;
+        Ok(())
+    }
+
     /// The next command's changes; `None`: the host has stopped. It may be dropped and asked again.
     ///
     /// # Errors
     /// [`Compacted`] when this reader fell too far behind, or a snapshot took the place of changes.
-    pub async fn next(&mut self) -> Result<Option<Arc<Changes>>, Compacted> {
+    pub async fn next(&mut self) -> Result<Option<Changes>, Compacted> {
         loop {
             while let Some(changes) = self.waiting.pop_front() {
                 if changes.revision > self.last {
@@ -187,16 +193,15 @@ impl Following {
                 }
             }
             match self.live.recv().await {
-                Ok(batch) if batch.group != self.group => {}
-                Ok(batch) if !batch.reset => {
-                    if batch.revision > self.last {
-                        self.waiting.push_back(Arc::new(Changes::of(&batch)));
+                Ok(round) => {
+                    let own = || round.iter().filter(|batch| batch.group == self.group);
+                    if own().any(|batch| batch.reset) {
+                        self.begin_anew()?;
+                    } else {
+                        self.waiting.extend(own().map(Changes::of));
                     }
                 }
-                Ok(_) | Err(RecvError::Lagged(_)) => {
-                    self.live = self.batches.subscribe();
-                    self.waiting = self.history.after(self.group, self.last)?;
-                }
+                Err(RecvError::Lagged(_)) => self.begin_anew()?,
                 Err(RecvError::Closed) => return Ok(None),
             }
         }
@@ -234,17 +239,17 @@ mod tests {
             group: GROUP,
             revision: revision(number),
             reset: false,
-            changes: vec![Change {
+            changes: Arc::new([Change {
                 key: number.to_string(),
                 entry: Some(entry),
                 previous: None,
-            }],
+            }]),
         }
     }
 
     struct World {
         history: Arc<History>,
-        batches: broadcast::Sender<Batch>,
+        batches: broadcast::Sender<Arc<[Batch]>>,
     }
 
     impl World {
@@ -257,7 +262,7 @@ mod tests {
 
         fn apply(&self, batch: Batch) {
             self.history.note(&batch);
-            let _ = self.batches.send(batch);
+            let _ = self.batches.send(Arc::new([batch]));
         }
 
         fn follow(&self, after: i64) -> Result<Following, Compacted> {
@@ -316,7 +321,7 @@ mod tests {
         let mut following = world.follow(2_002).unwrap();
         world.apply(Batch {
             reset: true,
-            changes: Vec::new(),
+            changes: Arc::new([]),
             ..batch(3_000, 0)
         });
         let error = following.next().await.unwrap_err();

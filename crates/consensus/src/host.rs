@@ -34,8 +34,8 @@ use crate::wire::{Call, CallReply, Frame};
 /// Inputs that wait for the thread at most; beyond that peers' frames are dropped (Raft sends
 /// again) and callers wait.
 const INPUTS_MAX: usize = 4096;
-/// Batches a slow watcher may be behind.
-const WATCH_BACKLOG: usize = 8192;
+/// Rounds a slow watcher may be behind.
+const WATCH_BACKLOG: usize = 4096;
 /// First pause before a proposal is tried again; doubles up to [`RETRY_PAUSE_MAX`].
 pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(15);
 pub(crate) const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
@@ -108,7 +108,7 @@ pub(crate) struct Shared {
     pub(crate) members: RwLock<BTreeMap<u64, NodeId>>,
     /// When a frame of each node came last.
     heard: Mutex<BTreeMap<NodeId, Instant>>,
-    pub(crate) batches: broadcast::Sender<Batch>,
+    pub(crate) batches: broadcast::Sender<Arc<[Batch]>>,
     pub(crate) history: Arc<History>,
     pub(crate) status: watch::Receiver<BTreeMap<GroupId, GroupStatus>>,
     pub(crate) failure: watch::Receiver<Option<String>>,

@@ -6,6 +6,8 @@
 //! JSON bytes inside these records (DESIGN 13.2). Types coded here must not be recursive, must not
 //! use `skip_serializing_if`, `flatten` or untagged enums, and enums grow only at the end.
 
+use std::cell::Cell;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -15,6 +17,8 @@ pub const RECORD_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// The state of a whole group in one record (80 MiB): on the disk and in backups, never in one
 /// message.
 pub const LARGE_RECORD_BYTES_MAX: usize = 80 * 1024 * 1024;
+/// Of the buffer that records are encoded in, so much is kept for the next one by each thread.
+const SCRATCH_BYTES_MAX: usize = 64 * 1024;
 
 /// A record could not be encoded or decoded.
 #[derive(Debug, Error)]
@@ -80,7 +84,13 @@ fn encode_within<const LIMIT: usize, T: Serialize>(
     version: u8,
     value: &T,
 ) -> Result<Vec<u8>, CodecError> {
-    let mut bytes = vec![version];
+    thread_local! {
+        static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    }
+    // Grown once, where a buffer for each record would be grown, and copied, several times.
+    let mut bytes = SCRATCH.take();
+    bytes.clear();
+    bytes.push(version);
     bincode::serde::encode_into_std_write(value, &mut bytes, config::<LIMIT>())
         .map_err(CodecError::Encode)?;
     if bytes.len() > LIMIT {
@@ -89,7 +99,12 @@ fn encode_within<const LIMIT: usize, T: Serialize>(
             limit: LIMIT,
         });
     }
-    Ok(bytes)
+    if bytes.capacity() > SCRATCH_BYTES_MAX {
+        return Ok(bytes);
+    }
+    let exact = bytes.as_slice().to_vec();
+    SCRATCH.set(bytes);
+    Ok(exact)
 }
 
 /// Decodes what [`encode`] made, requiring `version`, at most `limit` bytes and no remainder.

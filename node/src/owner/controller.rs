@@ -107,6 +107,10 @@ impl Owner {
     }
 
     fn look_at(&self, apps: impl IntoIterator<Item = AppKey>) {
+        let mut apps = apps.into_iter().peekable();
+        if apps.peek().is_none() {
+            return;
+        }
         let mut state = self.inner.state.lock();
         for app in apps {
             state.due.remove(&app);
@@ -136,30 +140,7 @@ impl Owner {
         let mut batches = self.inner.federation.catalog.host.watch();
         loop {
             match batches.recv().await {
-                Ok(batch) if batch.group == GroupId::META => {
-                    if batch.reset || batch.changes.iter().any(|c| c.key.starts_with("sites/")) {
-                        self.look_at_all(true);
-                    }
-                }
-                Ok(batch) if batch.reset => self.look_at(self.apps_of(batch.group)),
-                Ok(batch) => {
-                    let changed: Vec<AppKey> = {
-                        let state = self.inner.state.lock();
-                        let led = state.led.contains(&batch.group);
-                        // What the owner itself wrote it need not look at again.
-                        let news = |app: &AppKey| {
-                            state
-                                .known
-                                .get(app)
-                                .is_none_or(|known| *known < batch.revision)
-                        };
-                        touched(&batch)
-                            .into_iter()
-                            .filter(|app| led && news(app))
-                            .collect()
-                    };
-                    self.look_at(changed);
-                }
+                Ok(round) => round.iter().for_each(|batch| self.take(batch)),
                 Err(RecvError::Lagged(_)) => {
                     let led = self.inner.state.lock().led.clone();
                     for group in led {
@@ -169,6 +150,30 @@ impl Owner {
                 Err(RecvError::Closed) => return,
             }
         }
+    }
+
+    fn take(&self, batch: &Batch) {
+        if batch.group == GroupId::META {
+            if batch.reset || batch.changes.iter().any(|c| c.key.starts_with("sites/")) {
+                self.look_at_all(true);
+            }
+            return;
+        }
+        if batch.reset {
+            return self.look_at(self.apps_of(batch.group));
+        }
+        let mut changed = touched(batch);
+        {
+            let state = self.inner.state.lock();
+            let led = state.led.contains(&batch.group);
+            // What the owner itself wrote it need not look at again.
+            let news = |app: &AppKey| {
+                let known = state.known.get(app);
+                known.is_none_or(|known| *known < batch.revision)
+            };
+            changed.retain(|app| led && news(app));
+        }
+        self.look_at(changed);
     }
 
     fn apps_of(&self, group: GroupId) -> Vec<AppKey> {

@@ -149,6 +149,10 @@ impl Agent {
     }
 
     fn look_at(&self, apps: impl IntoIterator<Item = AppKey>) {
+        let mut apps = apps.into_iter().peekable();
+        if apps.peek().is_none() {
+            return;
+        }
         self.inner.work.lock().dirty.extend(apps);
         self.inner.wake.notify_one();
     }
@@ -181,8 +185,10 @@ impl Agent {
         loop {
             tokio::select! {
                 received = batches.recv() => match received {
-                    Ok(batch) if batch.reset => self.look_at(self.all_apps()),
-                    Ok(batch) => self.look_at(self.concerned(&batch)),
+                    Ok(round) if round.iter().any(|batch| batch.reset) => {
+                        self.look_at(self.all_apps());
+                    }
+                    Ok(round) => self.look_at(self.concerned(&round)),
                     Err(RecvError::Lagged(_)) => self.look_at(self.all_apps()),
                     Err(RecvError::Closed) => return,
                 },
@@ -191,10 +197,10 @@ impl Agent {
         }
     }
 
-    fn concerned(&self, batch: &Batch) -> Vec<AppKey> {
+    fn concerned(&self, round: &[Batch]) -> Vec<AppKey> {
         let own = self.inner.federation.own;
         let mut apps = Vec::new();
-        for change in &batch.changes {
+        for change in round.iter().flat_map(|batch| &*batch.changes) {
             let versions = [&change.entry, &change.previous];
             for entry in versions.into_iter().flatten() {
                 if change.key.starts_with(records::ASSIGN) {

@@ -1,6 +1,7 @@
 //! Snapshots in place of the log before them: of the own map, or as the leader sends them.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use raft::ProgressState;
@@ -99,7 +100,7 @@ impl Group {
                     group: self.id,
                     revision,
                     reset: true,
-                    changes: Vec::new(),
+                    changes: Arc::new([]),
                 });
             }
             // The gate decoded it before it was taken.

@@ -233,7 +233,7 @@ impl Group {
                 group: self.id,
                 revision,
                 reset: false,
-                changes,
+                changes: changes.into(),
             });
         }
         if let Some(waiters) = self.proposals.remove(&request) {

@@ -138,8 +138,9 @@ pub(crate) enum Step {
 }
 
 /// The next step, if any: first everyone gets a replica, then voters are replaced, then added, then
-/// taken away. Of several that may be replaced those go first that are away or no members, and
-/// `own`, which decides this, last. `caught_up` are learners with (nearly) the whole log.
+/// taken away. Of several that may go those go first that are no members or away, and `own`, which
+/// decides this, last. None is taken away where those that stay could not decide anything any more.
+/// `caught_up` are learners with (nearly) the whole log.
 pub(crate) fn next_step(
     members: &BTreeMap<u64, MemberInfo>,
     voters: &BTreeSet<u64>,
@@ -160,10 +161,10 @@ pub(crate) fn next_step(
     let promote = desired
         .iter()
         .find(|id| !voters.contains(id) && caught_up.contains(id) && members[id].alive);
+    let alive = |id: &u64| members.get(id).is_some_and(|member| member.alive);
+    let surplus = voters.iter().filter(|id| !desired.contains(id));
+    let old = surplus.min_by_key(|id| (**id == own, members.contains_key(id), alive(id)));
     if let Some(by) = promote.copied() {
-        let alive = |id: &u64| members.get(id).is_some_and(|member| member.alive);
-        let surplus = voters.iter().filter(|id| !desired.contains(id));
-        let old = surplus.min_by_key(|id| (**id == own, alive(id)));
         return Some(match old.copied() {
             Some(old) if voters.len() >= desired.len() => Step::Replace { by, old },
             _ => Step::Promote(by),
@@ -174,11 +175,15 @@ pub(crate) fn next_step(
         return Some(Step::Remove(*id));
     }
     if voters.len() > desired.len() || desired.iter().all(|id| voters.contains(id)) {
-        let surplus = voters.iter().find(|id| !desired.contains(id))?;
-        return Some(if members.contains_key(surplus) {
-            Step::Demote(*surplus)
+        let old = old?;
+        let there = voters.iter().filter(|id| *id != old && alive(id)).count();
+        if there * 2 < voters.len() {
+            return None;
+        }
+        return Some(if members.contains_key(old) {
+            Step::Demote(*old)
         } else {
-            Step::Remove(*surplus)
+            Step::Remove(*old)
         });
     }
     None
@@ -187,6 +192,33 @@ pub(crate) fn next_step(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_gone_stops_to_vote_before_who_is_there_and_a_majority_stays() {
+        // Five voters: 4 has left for ever, 5 is away.
+        let mut members = members(3);
+        members.extend(self::members(5).split_off(&5));
+        members.get_mut(&5).unwrap().alive = false;
+        let voters: BTreeSet<u64> = (1..=5).collect();
+        let step = |members: &BTreeMap<u64, MemberInfo>, voters: &BTreeSet<u64>, desired| {
+            let nobody = BTreeSet::new();
+            next_step(
+                members,
+                voters,
+                &nobody,
+                &BTreeSet::from(desired),
+                &nobody,
+                1,
+            )
+        };
+        assert_eq!(step(&members, &voters, [1, 2, 5]), Some(Step::Remove(4)));
+        let voters = BTreeSet::from([1, 2, 3, 5]);
+        assert_eq!(step(&members, &voters, [1, 2, 3]), Some(Step::Demote(5)));
+        // Of 1, 2 and 5 two would be left that can decide; with 2 away only one.
+        assert_eq!(step(&members, &voters, [1, 2, 5]), Some(Step::Demote(3)));
+        members.get_mut(&2).unwrap().alive = false;
+        assert_eq!(step(&members, &voters, [1, 2, 5]), None);
+    }
 
     #[test]
     fn a_member_that_is_away_before_it_ever_voted_leaves_no_even_number_of_voters() {

@@ -115,17 +115,19 @@ impl World<'_> {
     }
 
     /// Whether one member may be lost for ever: none is in this round, and enough of the others
-    /// know that every group has this many voters that are there. What nobody else has would be
-    /// lost with it.
+    /// know that every group has this many voters that are there, and a majority without one of
+    /// them. What nobody else has would be lost with it.
     fn can_spare(&self, voters: usize) -> bool {
         let is_there = |id: &u64| self.nodes.get(id).is_some_and(|node| node.member);
         let groups = usize::from(self.scenario.groups);
         let grown = |process: &&Process| {
             let replicas = &process.replica.core.groups;
             replicas.len() == groups
-                && replicas
-                    .values()
-                    .all(|group| group.voters().into_iter().filter(is_there).count() >= voters)
+                && replicas.values().all(|group| {
+                    let all = group.voters();
+                    let there = all.iter().filter(|id| is_there(id)).count();
+                    there >= voters && (there - 1) * 2 > all.len()
+                })
         };
         let running = self.nodes.values().filter_map(|node| node.process.as_ref());
         !self.nodes.values().any(Node::is_spent) && running.filter(grown).count() >= 3

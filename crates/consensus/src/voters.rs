@@ -353,7 +353,7 @@ mod tests {
             next_step(&members, &voters, &learners, &desired, &caught_up, own)
         };
         assert_eq!(step(&[], 1), None, "nobody can take their place yet");
-        assert_eq!(step(&[7], 1), Some(Step::Replace { by: 7, old: 4 }));
+        assert_eq!(step(&[7], 1), Some(Step::Replace { by: 7, old: 5 }));
         assert_eq!(step(&[6, 7], 4), Some(Step::Replace { by: 6, old: 5 }));
     }
 }

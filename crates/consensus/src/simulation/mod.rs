@@ -151,6 +151,25 @@ mod tests {
         );
     }
 
+    #[test]
+    fn rounds_follow_each_other_and_everything_rests_between_them() {
+        let scenario = Scenario {
+            faulty_ms: 30_000,
+            rest_ms: 240_000,
+            long_ms: 20 * 60 * 1000,
+            ..Scenario::smoke()
+        };
+        let (mut rounds, mut members) = (0, 0);
+        for seed in 0..6 {
+            let report = run(seed, &scenario);
+            assert_eq!(report.violation, None, "{report:?}");
+            rounds += report.rounds;
+            members += report.members;
+        }
+        assert!(rounds > 18, "only {rounds} rounds");
+        assert!(members > 6 * scenario.nodes, "nobody joined for another");
+    }
+
     /// Those that few seeds find; `krake-sim --bug all` looks for all.
     #[test]
     fn planted_mistakes_are_found() {

@@ -195,7 +195,7 @@ impl Replica {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
@@ -221,19 +221,24 @@ mod tests {
     const COMPACT_ENTRIES: u64 = 100;
     const COMPACT_BYTES: usize = 100_000;
 
-    fn alone() -> Replica {
+    pub(crate) fn node(replica: u64) -> NodeId {
+        NodeId::from_bytes([replica as u8; 32])
+    }
+
+    /// Its files are in memory.
+    pub(crate) fn start(replica: u64) -> Replica {
         let owner = Owner {
             federation: FederationId::from_bytes([1; 32]),
-            node: NodeId::from_bytes([2; 32]),
+            node: node(replica),
         };
         let directory = Arc::<MemoryDirectory>::default();
         create_in(&*directory, owner).ok().unwrap();
         let settings = Settings {
-            replica: 1,
+            replica,
             election_ticks: 6,
             heartbeat_ticks: 3,
-            boot_nonce: 1,
-            seed: 1,
+            boot_nonce: replica,
+            seed: replica,
             compact_entries: COMPACT_ENTRIES,
             compact_bytes: COMPACT_BYTES,
             kept_entries: 10,
@@ -242,7 +247,11 @@ mod tests {
         };
         let (disk, groups) =
             Disk::open_in(Box::new(directory), Path::new("memory"), owner).unwrap();
-        let mut replica = Replica::new(settings, disk, groups).unwrap();
+        Replica::new(settings, disk, groups).unwrap()
+    }
+
+    fn alone() -> Replica {
+        let mut replica = start(1);
         replica.bootstrap(vec![GroupId::META]).unwrap();
         replica.rounds(&mut Alone).unwrap();
         replica

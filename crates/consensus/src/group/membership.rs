@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use raft::ProgressState;
 use raft::eraftpb as pb;
 use tracing::{debug, error, warn};
 
@@ -12,6 +13,9 @@ use crate::voters::{self, MemberInfo, Step};
 use crate::wire::Configuration;
 
 const CHANGE_VERSION: u8 = 1;
+/// A voter that lacks more entries than this must catch up before it may lead: nothing can be
+/// proposed meanwhile.
+const UNDER_WAY_MAX: u64 = 256;
 /// Bytes of one membership change at most.
 const CHANGE_BYTES_MAX: usize = 16 * 1024;
 
@@ -219,13 +223,19 @@ impl Group {
         Ok(true)
     }
 
-    /// As leader: the other voters that have the whole log, and could lead at once.
+    /// As leader: the other voters that could lead within a moment. The last entries of a busy
+    /// group are always under way to them; who is to lead gets them first (Ongaro 2014, §3.10).
     pub(crate) fn successors(&self) -> Vec<u64> {
         let raft = &self.raw.raft;
         let last = raft.raft_log.last_index();
+        let keeps_up = |progress: &raft::Progress| {
+            progress.matched >= last
+                || progress.state == ProgressState::Replicate
+                    && progress.matched + UNDER_WAY_MAX >= last
+        };
         let ready = |id: &u64| {
             let progress = raft.prs().get(*id).filter(|_| *id != raft.id);
-            progress.is_some_and(|progress| self.is_active(progress) && progress.matched >= last)
+            progress.is_some_and(|progress| self.is_active(progress) && keeps_up(progress))
         };
         self.voters().into_iter().filter(ready).collect()
     }
@@ -237,3 +247,6 @@ impl Group {
         self.dirty = true;
     }
 }
+
+#[cfg(test)]
+mod tests;

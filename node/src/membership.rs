@@ -195,7 +195,12 @@ pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: 
                     Err(RecvError::Lagged(_)) => None,
                     Err(RecvError::Closed) => return,
                 };
-                let touched = |prefix| round.as_ref().is_none_or(|round| touches(round, prefix));
+                let touched = |prefix| {
+                    let touches = |batch: &Batch| {
+                        batch.group == GroupId::META && batch.touches(prefix)
+                    };
+                    round.as_ref().is_none_or(|round| round.iter().any(touches))
+                };
                 if touched("sites/") {
                     follow_cordon(&federation, &mut cordoned).await;
                 }
@@ -226,18 +231,6 @@ pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: 
             warn!(%error, "the members could not be noted");
         }
     }
-}
-
-/// Whether something under `prefix` may have changed in the meta group.
-fn touches(round: &[Batch], prefix: &str) -> bool {
-    let touched = |batch: &Batch| {
-        let mut keys = batch.changes.iter().map(|change| &change.key);
-        batch.reset || keys.any(|key| key.starts_with(prefix))
-    };
-    round
-        .iter()
-        .filter(|batch| batch.group == GroupId::META)
-        .any(touched)
 }
 
 /// A cordoned site is about to be worked on: its node gives away what it leads.

@@ -72,6 +72,13 @@ pub struct Batch {
     pub changes: Arc<[Change]>,
 }
 
+impl Batch {
+    /// Whether something under `prefix` may have changed.
+    pub fn touches(&self, prefix: &str) -> bool {
+        self.reset || self.changes.iter().any(|one| one.key.starts_with(prefix))
+    }
+}
+
 /// One group as this node sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupStatus {

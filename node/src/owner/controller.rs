@@ -154,7 +154,7 @@ impl Owner {
 
     fn take(&self, batch: &Batch) {
         if batch.group == GroupId::META {
-            if batch.reset || batch.changes.iter().any(|c| c.key.starts_with("sites/")) {
+            if batch.touches("sites/") {
                 self.look_at_all(true);
             }
             return;

@@ -49,6 +49,16 @@ pub struct Operation {
 }
 
 impl Operation {
+    /// What a history begins with whose first part is forgotten: as if the value that is there had
+    /// been written just now.
+    pub(super) const fn found(value: Value, invoked: u64, returned: u64) -> Self {
+        Self {
+            asked: Asked::Write(value),
+            invoked,
+            returned: Some((returned, Got::Done)),
+        }
+    }
+
     /// The value that it put, if it took effect.
     pub(super) const fn puts(&self) -> Option<Value> {
         match self.asked {

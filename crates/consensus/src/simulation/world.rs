@@ -22,7 +22,7 @@ use self::clients::{Answer, Client};
 use self::network::Network;
 use self::nodes::{Node, node_id};
 use super::checks::Checks;
-use super::history::{Asked, Got, Operation, Value};
+use super::history::{Operation, Value};
 use super::{Report, Scenario};
 use crate::inspect::Counters;
 use crate::wire::Frame;
@@ -290,13 +290,9 @@ impl<'a> World<'a> {
             self.given_up += operations.iter().filter(|o| o.returned.is_none()).count();
             operations.clear();
             if let Some(value) = values.get(key).filter(|value| **value != 0) {
-                // So that the next round begins with what is there; it is not counted twice.
+                // It is not counted twice.
                 self.answered -= 1;
-                operations.push(Operation {
-                    asked: Asked::Write(*value),
-                    invoked: self.order,
-                    returned: Some((self.order + 1, Got::Done)),
-                });
+                operations.push(Operation::found(*value, self.order, self.order + 1));
                 self.order += 2;
             }
         }

@@ -379,14 +379,10 @@ impl World<'_> {
         operations.drain(..old);
         self.given_up += count - operations.len();
         self.answered += answered.len();
-        if value != 0 {
-            // So that the rest begins with what is there; it is not counted twice.
+        if let (true, Some((returned, _))) = (value != 0, read.returned) {
+            // It is not counted twice.
             self.answered -= 1;
-            operations.push(Operation {
-                asked: Asked::Write(value),
-                invoked: read.invoked,
-                returned: read.returned.map(|(at, _)| (at, Got::Done)),
-            });
+            operations.push(Operation::found(value, read.invoked, returned));
         }
     }
 

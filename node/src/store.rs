@@ -10,7 +10,7 @@ use futures::future::OptionFuture;
 use krake_consensus::{Batch, Command, Entry, Expect, Operation, ProposeError, ReadError};
 use krake_kube_api::store::{modified, set_revision};
 use krake_kube_api::{
-    ApiError, Event, EventKind, EventLog, EventObject, Freshness, Kind, Listing, Scope, Staleness,
+    ApiError, Event, EventKind, EventLog, Freshness, Kind, LazyObject, Listing, Scope, Staleness,
     Store,
 };
 use krake_model::{AppKey, GroupId, Revision};
@@ -163,7 +163,7 @@ impl CatalogStore {
             let later = |entry: Entry| {
                 let (overlay, key) = (Arc::clone(&self.overlay), change.key.clone());
                 let plural = plural.clone();
-                EventObject::later(move || {
+                LazyObject::later(move || {
                     let mut object = object(&key, &entry)?;
                     overlay.add(&plural, &mut object);
                     if gone {
@@ -292,10 +292,68 @@ impl CatalogStore {
         }
     }
 
+    /// Waits until everything of the groups up to `at` is here and nothing more will be stamped so,
+    /// or says that no such revision was given. What a client claims must not move the stamps:
+    /// nothing is closed beyond what was committed.
+    async fn reach(&self, groups: &[GroupId], at: Revision) -> Result<(), ApiError> {
+        if self.has(groups, at.number()) {
+            return Ok(());
+        }
+        let host = &self.catalog.host;
+        let newest = || newest(&self.catalog, &Catalog::all_groups(self.catalog.shards));
+        if newest() < at.number() {
+            let read = host.read_barrier(groups, PATIENCE).await;
+            read.map_err(|error| read_error(&error))?;
+        }
+        if newest() < at.number() {
+            return Err(ApiError::too_new(at.number(), newest()));
+        }
+        let closed = host.close(groups, at, PATIENCE).await;
+        closed.map_err(|error| read_error(&error))
+    }
+
+    /// What was found, in order and as it is shown.
+    fn listing(
+        &self,
+        kind: &Kind,
+        scope: Scope<'_>,
+        mut found: Vec<(String, Entry)>,
+        revision: Revision,
+    ) -> Listing {
+        if let Some((namespace, name)) = scope.after {
+            let after = records::object_key(&kind.plural, namespace, name);
+            found.retain(|(key, _)| *key > after);
+        }
+        if let Some(name) = scope.name {
+            found.retain(|(key, _)| key.rsplit('/').next() == Some(name));
+        }
+        found.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let items = found.into_iter().map(|(key, entry)| {
+            let (overlay, plural) = (Arc::clone(&self.overlay), kind.plural.clone());
+            LazyObject::later(move || {
+                let mut object = object(&key, &entry)?;
+                overlay.add(&plural, &mut object);
+                Some(object)
+            })
+        });
+        Listing {
+            items: items.collect(),
+            revision: revision.number(),
+        }
+    }
+
     async fn propose(&self, group: GroupId, operation: Operation) -> Result<u64, ProposeError> {
         let command = Command::new(vec![operation]);
         let committed = self.catalog.host.submit(group, command, PATIENCE).await?;
         Ok(committed.revision.number())
+    }
+}
+
+/// What the keys of these objects begin with.
+fn prefix(kind: &Kind, scope: Scope<'_>) -> String {
+    match scope.namespace {
+        Some(namespace) => format!("{}/{namespace}/", kind.plural),
+        None => format!("{}/", kind.plural),
     }
 }
 
@@ -465,11 +523,7 @@ impl Store for CatalogStore {
         scope: Scope<'_>,
         freshness: Freshness,
     ) -> Result<Listing, ApiError> {
-        let groups = self.groups(kind, scope);
-        let prefix = match scope.namespace {
-            Some(namespace) => format!("{}/{namespace}/", kind.plural),
-            None => format!("{}/", kind.plural),
-        };
+        let (groups, prefix) = (self.groups(kind, scope), prefix(kind, scope));
         let as_it_is = match freshness {
             Freshness::Any => true,
             Freshness::AtLeast(revision) => self.has(&groups, revision),
@@ -489,19 +543,25 @@ impl Store for CatalogStore {
             }
             _ => self.cut(&groups, &prefix).await?,
         };
-        let mut items: Vec<(String, Arc<Value>)> = found
-            .into_iter()
-            .filter_map(|(key, entry)| {
-                let mut object = object(&key, &entry)?;
-                self.overlay.add(&kind.plural, &mut object);
-                Some((key, Arc::new(object)))
-            })
-            .collect();
-        items.sort_by(|a, b| a.0.cmp(&b.0));
-        Ok(Listing {
-            items: items.into_iter().map(|(_, object)| object).collect(),
-            revision: revision.number(),
-        })
+        Ok(self.listing(kind, scope, found, revision))
+    }
+
+    async fn list_as_of(
+        &self,
+        kind: &Kind,
+        scope: Scope<'_>,
+        revision: u64,
+    ) -> Result<Listing, ApiError> {
+        let groups = self.groups(kind, scope);
+        let at = Revision::from_number(revision);
+        self.reach(&groups, at).await?;
+        let prefix = prefix(kind, scope);
+        let mut found = Vec::new();
+        for group in groups {
+            let entries = self.catalog.host.list_at(group, &prefix, at).await;
+            found.extend(entries.map_err(|error| ApiError::gone(error.to_string()))?);
+        }
+        Ok(self.listing(kind, scope, found, at))
     }
 
     fn staleness(&self, kind: &Kind, scope: Scope<'_>) -> Option<Staleness> {

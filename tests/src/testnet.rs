@@ -82,7 +82,12 @@ fn text(output: &Output) -> String {
 impl Testnet {
     /// Starts a federation: `krake-testnet up --detach -o json` with `arguments` behind.
     pub fn up(arguments: &[&str]) -> Self {
-        let program = programs().join("krake-testnet");
+        Self::up_from(programs(), arguments)
+    }
+
+    /// As [`Self::up`], of another build, whose programs are in this directory.
+    pub fn up_from(programs: &Path, arguments: &[&str]) -> Self {
+        let program = programs.join("krake-testnet");
         let scratch = tempfile::tempdir().expect("a directory for the testnet");
         let directory = scratch.path().join("net");
         let output = Command::new(&program)

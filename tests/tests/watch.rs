@@ -1,5 +1,5 @@
-//! Watches over all shards, in Kubernetes' way: they go on at any node from what another one told,
-//! while nodes are killed and many write.
+//! Watches and lists over all shards, in Kubernetes' way: they go on at any node from what another one
+//! told, while nodes are killed and many write.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
 use std::collections::BTreeMap;
@@ -21,6 +21,8 @@ const WRITERS: usize = 6;
 /// A watch moves to another node after this long, unless its node is killed before.
 const STAY: Duration = Duration::from_millis(700);
 const ROUNDS: usize = 5;
+/// Objects in a page of a list.
+const PAGE: usize = 5;
 
 /// Asks the nodes of a testnet.
 struct Nodes {
@@ -29,16 +31,25 @@ struct Nodes {
 }
 
 impl Nodes {
+    /// The code and the body of the answer, if there is one.
+    async fn answer(
+        &self,
+        node: usize,
+        request: impl Fn(&str) -> reqwest::RequestBuilder,
+    ) -> Option<(u16, Value)> {
+        let (api, token) = &self.nodes[node];
+        let request = request(api).bearer_auth(token);
+        let answer = request.timeout(Duration::from_secs(4)).send().await.ok()?;
+        Some((answer.status().as_u16(), answer.json().await.ok()?))
+    }
+
     async fn ask(
         &self,
         node: usize,
         request: impl Fn(&str) -> reqwest::RequestBuilder,
     ) -> Option<Value> {
-        let (api, token) = &self.nodes[node];
-        let request = request(api).bearer_auth(token);
-        let answer = request.timeout(Duration::from_secs(4)).send().await.ok()?;
-        let is_good = answer.status().is_success();
-        answer.json().await.ok().filter(|_| is_good)
+        let (code, body) = self.answer(node, request).await?;
+        (200..300).contains(&code).then_some(body)
     }
 }
 
@@ -48,8 +59,8 @@ fn revision(object: &Value) -> u64 {
     text.parse().unwrap()
 }
 
-/// Revisions of acknowledged writes.
-type Committed = Mutex<Vec<u64>>;
+/// Of acknowledged writes: which application, and the revision.
+type Committed = Mutex<Vec<(usize, u64)>>;
 
 async fn write(nodes: Arc<Nodes>, committed: Arc<Committed>, over: Arc<AtomicBool>) {
     let mut number = 0;
@@ -67,7 +78,7 @@ async fn write(nodes: Arc<Nodes>, committed: Arc<Committed>, over: Arc<AtomicBoo
             request.header("content-type", kind).body(patch.to_string())
         };
         if let Some(object) = nodes.ask(node, request).await {
-            committed.lock().push(revision(&object));
+            committed.lock().push((name, revision(&object)));
         }
     }
 }
@@ -140,6 +151,71 @@ async fn follow(nodes: &Nodes, node: usize, last: &mut u64, seen: &mut Vec<u64>)
     false
 }
 
+/// A list that was read in pages, each at another node than the one before.
+struct Paged {
+    /// Of which it is.
+    revision: u64,
+    /// Name and revision of each object.
+    objects: Vec<(String, u64)>,
+}
+
+/// Lists in pages, again and again.
+async fn page(nodes: Arc<Nodes>, over: Arc<AtomicBool>) -> Vec<Paged> {
+    let (mut lists, mut node) = (Vec::new(), 0);
+    let (mut begun, mut rest): (Option<Paged>, _) = (None, String::new());
+    while !over.load(Ordering::SeqCst) {
+        node = (node + 1) % nodes.nodes.len();
+        let url = |api: &str| nodes.http.get(format!("{api}{APPS}?limit={PAGE}{rest}"));
+        let body = match nodes.answer(node, url).await {
+            Some((200, body)) => body,
+            // It was not there when that was written, or very much was written.
+            Some((410, _)) => {
+                (begun, rest) = (None, String::new());
+                continue;
+            }
+            _ => continue,
+        };
+        let revision_of_list = revision(&body);
+        let list = begun.get_or_insert_with(|| Paged {
+            revision: revision_of_list,
+            objects: Vec::new(),
+        });
+        assert_eq!(list.revision, revision_of_list);
+        let items = body["items"].as_array().unwrap().iter();
+        list.objects.extend(items.map(|item| {
+            let name = item["metadata"]["name"].as_str().unwrap();
+            (name.to_owned(), revision(item))
+        }));
+        match body["metadata"]["continue"].as_str() {
+            Some(token) => rest = format!("&continue={token}"),
+            None => {
+                lists.extend(begun.take());
+                rest.clear();
+            }
+        }
+    }
+    lists
+}
+
+/// Each list has every object once, in order, as its last write up to the list's revision left it.
+fn check_pages(lists: &[Paged], committed: &[(usize, u64)]) {
+    assert!(lists.len() > 20, "only {} lists", lists.len());
+    let mut names: Vec<String> = (0..NAMES).map(|name| format!("app-{name}")).collect();
+    names.sort();
+    for Paged { revision, objects } in lists {
+        assert!(objects.iter().map(|(name, _)| name).eq(&names));
+        let objects: BTreeMap<&str, u64> = objects
+            .iter()
+            .map(|(name, at)| (name.as_str(), *at))
+            .collect();
+        assert!(objects.values().all(|at| at <= revision));
+        for (name, at) in committed.iter().filter(|(_, at)| at <= revision) {
+            let listed = objects[format!("app-{name}").as_str()];
+            assert!(*at <= listed, "{at} is missing in a list of {revision}");
+        }
+    }
+}
+
 fn app(name: &str) -> Value {
     json!({
         "apiVersion": "krake.dev/v1", "kind": "Application",
@@ -169,6 +245,7 @@ async fn a_watch_that_moves_from_node_to_node_is_told_everything_once_in_order()
     let watches: Vec<_> = (0..2)
         .map(|_| tokio::spawn(watch(Arc::clone(&nodes), Arc::clone(&end))))
         .collect();
+    let pages = tokio::spawn(page(Arc::clone(&nodes), Arc::clone(&over)));
     let writers: Vec<_> = (0..WRITERS)
         .map(|_| {
             let (nodes, committed) = (Arc::clone(&nodes), Arc::clone(&committed));
@@ -190,7 +267,10 @@ async fn a_watch_that_moves_from_node_to_node_is_told_everything_once_in_order()
     for writer in writers {
         writer.await.unwrap();
     }
+    let lists = pages.await.unwrap();
     let committed = std::mem::take(&mut *committed.lock());
+    check_pages(&lists, &committed);
+    let committed: Vec<u64> = committed.into_iter().map(|(_, at)| at).collect();
     assert!(
         committed.len() > 500,
         "too little was written: {}",

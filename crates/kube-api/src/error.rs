@@ -52,6 +52,8 @@ pub struct ApiError {
     pub causes: Vec<Cause>,
     /// Seconds after which to try again, if that helps.
     pub retry_after: Option<u32>,
+    /// With this as `continue` the rest of a list can be read that cannot be what it was any more.
+    pub resume: Option<String>,
 }
 
 impl ApiError {
@@ -64,6 +66,7 @@ impl ApiError {
             subject: None,
             causes: Vec::new(),
             retry_after: None,
+            resume: None,
         }
     }
 
@@ -139,6 +142,17 @@ impl ApiError {
     /// 410: the revision is too old to resume from.
     pub fn gone(message: impl Into<String>) -> Self {
         Self::new(410, "Expired", message)
+    }
+
+    /// 504: the revision is one that was not given yet.
+    pub fn too_new(revision: u64, newest: u64) -> Self {
+        let message =
+            format!("resourceVersion {revision} is not reached yet, the newest is {newest}");
+        Self {
+            causes: vec![Cause::new("", &message).because("ResourceVersionTooLarge")],
+            retry_after: Some(1),
+            ..Self::new(504, "Timeout", message)
+        }
     }
 
     /// 413
@@ -235,6 +249,9 @@ impl ApiError {
         });
         if details != json!({}) {
             status["details"] = details;
+        }
+        if let Some(token) = &self.resume {
+            status["metadata"]["continue"] = token.clone().into();
         }
         status
     }

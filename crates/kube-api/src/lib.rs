@@ -24,7 +24,7 @@ pub use crate::error::{ApiError, Cause};
 pub use crate::kinds::{Column, Compute, Kind, Registry};
 pub use crate::service::{Admission, AdmitAll, FieldValidation, Hold, Service};
 pub use crate::store::{
-    Event, EventKind, EventLog, EventObject, Freshness, Listing, MemoryStore, Scope, Staleness,
+    Event, EventKind, EventLog, Freshness, LazyObject, Listing, MemoryStore, Scope, Staleness,
     Store,
 };
 pub use crate::write::{finalizers, marked};

@@ -1,6 +1,7 @@
 //! Requests: one path grammar and one set of verbs for all kinds.
 
 pub mod body;
+mod list;
 pub mod query;
 mod watch;
 
@@ -12,6 +13,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header
 use serde_json::{Value, json};
 
 use self::body::{delete_options, media_type, parse_body, parse_patch};
+use self::list::list_object;
 use self::query::{Query, include, selectors};
 use crate::discovery;
 use crate::error::{ApiError, Cause};
@@ -19,13 +21,10 @@ use crate::kinds::{Kind, Registry};
 use crate::managed::Writer;
 use crate::openapi_v2;
 use crate::selector::FieldSelector;
-use crate::store::{Freshness, Listing, Scope, Staleness, Store};
+use crate::store::{Freshness, Scope, Staleness, Store};
 use crate::strategic;
 use crate::table;
 use crate::write::{self, Change};
-
-/// Lists of all kinds return at most this many objects at once.
-const LIST_MAX: usize = 50_000;
 
 /// Checks and completes what is written, kind by kind.
 #[async_trait]
@@ -135,6 +134,7 @@ impl Target {
         Scope {
             namespace: self.namespace.as_deref(),
             name: fields.name(),
+            after: None,
         }
     }
 }
@@ -304,6 +304,7 @@ impl Service {
                 let scope = Scope {
                     namespace,
                     name: Some(name),
+                    after: None,
                 };
                 // Before the read, which is at least as new.
                 let staleness = self.staleness(&kind, scope, freshness);
@@ -405,8 +406,8 @@ impl Service {
             .list(&target.kind, target.scope(&fields), Freshness::Latest)
             .await?;
         let mut items = Vec::new();
-        for object in listing.items {
-            if !labels.matches(&object) || !fields.matches(&object) {
+        for object in listing.objects() {
+            if !labels.matches(object) || !fields.matches(object) {
                 continue;
             }
             let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
@@ -417,12 +418,10 @@ impl Service {
             };
             write::delete(self, &one, options).await?;
             // As they were, like in Kubernetes: a client counts them.
-            items.push(typed(&target.kind, &object));
+            items.push(typed(&target.kind, object));
         }
-        Ok(respond(
-            200,
-            &list_object(&target.kind, items, listing.revision),
-        ))
+        let metadata = json!({"resourceVersion": listing.revision.to_string()});
+        Ok(respond(200, &list_object(&target.kind, items, metadata)))
     }
 
     /// One object, as itself or as a table.
@@ -440,58 +439,7 @@ impl Service {
             _ => return respond(code, &typed(&target.kind, object)),
         };
         let object = typed(&target.kind, object);
-        let revision = object
-            .pointer("/metadata/resourceVersion")
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned();
-        let body = table::table(
-            &target.kind,
-            std::slice::from_ref(&object),
-            &revision,
-            include,
-            true,
-            jiff::Timestamp::now(),
-        );
-        respond(code, &body)
-    }
-
-    async fn list(
-        &self,
-        headers: &HeaderMap,
-        target: &Target,
-        query: &Query,
-    ) -> Result<Response<Body>, ApiError> {
-        let (labels, fields) = selectors(query)?;
-        // It is not taken (docs/adr/0005), but has to be one.
-        if query
-            .get("limit")
-            .is_some_and(|limit| limit.parse::<i64>().is_err())
-        {
-            return Err(ApiError::bad_request("limit is not a number"));
-        }
-        let (scope, freshness) = (target.scope(&fields), query.freshness()?);
-        let staleness = self.staleness(&target.kind, scope, freshness);
-        let Listing { items, revision } = self.store.list(&target.kind, scope, freshness).await?;
-        let items: Vec<Value> = items
-            .iter()
-            .filter(|object| labels.matches(object) && fields.matches(object))
-            .take(LIST_MAX)
-            .map(|object| typed(&target.kind, object))
-            .collect();
-        if wants_table(headers) {
-            let body = table::table(
-                &target.kind,
-                &items,
-                &revision.to_string(),
-                include(query)?,
-                true,
-                jiff::Timestamp::now(),
-            );
-            return Ok(with_staleness(respond(200, &body), staleness));
-        }
-        let body = list_object(&target.kind, items, revision);
-        Ok(with_staleness(respond(200, &body), staleness))
+        respond(code, &table::of_one(&target.kind, object, include))
     }
 
     fn staleness(&self, kind: &Kind, scope: Scope<'_>, freshness: Freshness) -> Option<Staleness> {
@@ -544,15 +492,6 @@ fn typed(kind: &Kind, object: &Value) -> Value {
     object["apiVersion"] = kind.api_version().into();
     object["kind"] = kind.kind.clone().into();
     object
-}
-
-fn list_object(kind: &Kind, items: Vec<Value>, revision: u64) -> Value {
-    json!({
-        "kind": format!("{}List", kind.kind),
-        "apiVersion": kind.api_version(),
-        "metadata": {"resourceVersion": revision.to_string()},
-        "items": items,
-    })
 }
 
 fn wants_table(headers: &HeaderMap) -> bool {

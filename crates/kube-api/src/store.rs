@@ -23,10 +23,10 @@ pub enum EventKind {
     Deleted,
 }
 
-/// An object of an event, which is only read from its bytes when somebody watches: most events
-/// nobody does. Cheap to clone.
+/// An object that is only read from its bytes when somebody looks at it: nobody does at most events,
+/// and at most of what a page of a list leaves out. Cheap to clone.
 #[derive(Clone)]
-pub struct EventObject(Form);
+pub struct LazyObject(Form);
 
 type Later = LazyLock<Arc<Value>, Box<dyn FnOnce() -> Arc<Value> + Send>>;
 
@@ -36,7 +36,7 @@ enum Form {
     Later(Arc<Later>),
 }
 
-impl EventObject {
+impl LazyObject {
     /// An object that `read` makes when it is first asked for; `null` when it cannot.
     pub fn later(read: impl FnOnce() -> Option<Value> + Send + 'static) -> Self {
         let read = move || Arc::new(read().unwrap_or_default());
@@ -52,15 +52,15 @@ impl EventObject {
     }
 }
 
-impl From<Arc<Value>> for EventObject {
+impl From<Arc<Value>> for LazyObject {
     fn from(value: Arc<Value>) -> Self {
         Self(Form::Ready(value))
     }
 }
 
-impl std::fmt::Debug for EventObject {
+impl std::fmt::Debug for LazyObject {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EventObject").finish_non_exhaustive()
+        f.debug_struct("LazyObject").finish_non_exhaustive()
     }
 }
 
@@ -72,9 +72,9 @@ pub struct Event {
     /// Group and plural of the object's kind.
     pub resource: (String, String),
     /// The object after the event (before it, when deleted), with `resourceVersion` set.
-    pub object: EventObject,
+    pub object: LazyObject,
     /// The object before the event.
-    pub previous: Option<EventObject>,
+    pub previous: Option<LazyObject>,
     /// The event's revision.
     pub revision: u64,
 }
@@ -82,10 +82,18 @@ pub struct Event {
 /// A list and the revision to watch from.
 #[derive(Debug, Clone, Default)]
 pub struct Listing {
-    /// The objects, by namespace and name.
-    pub items: Vec<Arc<Value>>,
+    /// The objects, by namespace and name. One that is `null` could not be read.
+    pub items: Vec<LazyObject>,
     /// A watch from here misses nothing.
     pub revision: u64,
+}
+
+impl Listing {
+    /// The objects that can be read.
+    pub fn objects(&self) -> impl Iterator<Item = &Arc<Value>> {
+        let objects = self.items.iter().map(LazyObject::value);
+        objects.filter(|object| !object.is_null())
+    }
 }
 
 /// Which objects of a kind are meant: all, those of a namespace, or one.
@@ -93,8 +101,11 @@ pub struct Listing {
 pub struct Scope<'a> {
     /// Those of this namespace only.
     pub namespace: Option<&'a str>,
-    /// The one of this name only. A store may return others, too.
+    /// Those of this name only.
     pub name: Option<&'a str>,
+    /// Those only that a list shows after the one of this namespace (empty: the kind has none) and
+    /// name, whether that is there or not.
+    pub after: Option<(&'a str, &'a str)>,
 }
 
 /// How far behind a read with [`Freshness::Any`] may be.
@@ -142,6 +153,18 @@ pub trait Store: Send + Sync + 'static {
         kind: &Kind,
         scope: Scope<'_>,
         freshness: Freshness,
+    ) -> Result<Listing, ApiError>;
+
+    /// Objects of a kind as they were at a revision that a list returned, here or at another server.
+    ///
+    /// # Errors
+    /// 410 when what changed since is not kept any more, 504 when there is no such revision yet, or
+    /// why they cannot be read.
+    async fn list_as_of(
+        &self,
+        kind: &Kind,
+        scope: Scope<'_>,
+        revision: u64,
     ) -> Result<Listing, ApiError>;
 
     /// How far behind a read of these objects with [`Freshness::Any`] may be; `None`: it is not,
@@ -296,6 +319,17 @@ impl EventLog {
         Read::Events(events, next)
     }
 
+    /// All events after a revision.
+    ///
+    /// # Errors
+    /// 410 when they are not all kept.
+    fn after(&self, revision: u64) -> Result<Vec<Event>, ApiError> {
+        match self.read(self.position_after(revision)?, usize::MAX) {
+            Read::Events(events, _) => Ok(events),
+            Read::Gone => Err(ApiError::gone("the log was begun anew: list again")),
+        }
+    }
+
     /// Whether somebody waits for events.
     pub fn is_watched(&self) -> bool {
         self.newest.receiver_count() > 0
@@ -310,8 +344,8 @@ impl EventLog {
 /// Events a memory store keeps for watches unless told otherwise.
 const EVENTS_MAX: usize = 10_000;
 
-/// Keys by resource, then by namespace and name.
-type Objects = BTreeMap<(String, String), BTreeMap<(String, String), Arc<Value>>>;
+/// By namespace and name.
+type Objects = BTreeMap<(String, String), Arc<Value>>;
 
 /// Everything in memory, for the embedded Kubernetes and for tests.
 pub struct MemoryStore {
@@ -338,7 +372,29 @@ pub trait Journal: Send + Sync + 'static {
 #[derive(Debug, Default)]
 struct MemoryState {
     revision: u64,
-    objects: Objects,
+    /// By resource.
+    objects: BTreeMap<(String, String), Objects>,
+}
+
+impl MemoryState {
+    fn of(&self, kind: &Kind) -> &Objects {
+        static NONE: Objects = BTreeMap::new();
+        let resource = (kind.group.clone(), kind.plural.clone());
+        self.objects.get(&resource).unwrap_or(&NONE)
+    }
+}
+
+fn within(scope: Scope<'_>, objects: &Objects) -> Vec<LazyObject> {
+    let objects = objects.iter().filter(|((namespace, name), _)| {
+        scope.namespace.is_none_or(|wanted| wanted == namespace)
+            && scope.name.is_none_or(|wanted| wanted == name)
+            && scope
+                .after
+                .is_none_or(|after| (namespace.as_str(), name.as_str()) > after)
+    });
+    objects
+        .map(|(_, object)| Arc::clone(object).into())
+        .collect()
 }
 
 impl std::fmt::Debug for MemoryStore {
@@ -472,7 +528,7 @@ impl MemoryStore {
             kind: event,
             resource,
             object: Arc::clone(&object).into(),
-            previous: previous.map(EventObject::from),
+            previous: previous.map(LazyObject::from),
             revision,
         }]);
         Ok(object)
@@ -485,9 +541,8 @@ impl MemoryStore {
         expected: u64,
     ) -> Result<Arc<Value>, ApiError> {
         let current = state
-            .objects
-            .get(&(kind.group.clone(), kind.plural.clone()))
-            .and_then(|objects| objects.get(key))
+            .of(kind)
+            .get(key)
             .ok_or_else(|| ApiError::not_found(&kind.group, &kind.plural, &key.1))?;
         if revision_of(current) != expected {
             return Err(modified(kind, &key.1));
@@ -516,12 +571,8 @@ impl Store for MemoryStore {
     ) -> Result<Arc<Value>, ApiError> {
         let key = (namespace.unwrap_or_default().to_owned(), name.to_owned());
         let state = self.state.lock();
-        state
-            .objects
-            .get(&(kind.group.clone(), kind.plural.clone()))
-            .and_then(|objects| objects.get(&key))
-            .cloned()
-            .ok_or_else(|| ApiError::not_found(&kind.group, &kind.plural, name))
+        let found = state.of(kind).get(&key).cloned();
+        found.ok_or_else(|| ApiError::not_found(&kind.group, &kind.plural, name))
     }
 
     async fn list(
@@ -531,28 +582,42 @@ impl Store for MemoryStore {
         _freshness: Freshness,
     ) -> Result<Listing, ApiError> {
         let state = self.state.lock();
-        let items = state
-            .objects
-            .get(&(kind.group.clone(), kind.plural.clone()))
-            .into_iter()
-            .flatten()
-            .filter(|((ns, _), _)| scope.namespace.is_none_or(|wanted| wanted == ns))
-            .map(|(_, object)| Arc::clone(object))
-            .collect();
         Ok(Listing {
-            items,
+            items: within(scope, state.of(kind)),
             revision: state.revision,
+        })
+    }
+
+    async fn list_as_of(
+        &self,
+        kind: &Kind,
+        scope: Scope<'_>,
+        revision: u64,
+    ) -> Result<Listing, ApiError> {
+        let state = self.state.lock();
+        if revision > state.revision {
+            return Err(ApiError::too_new(revision, state.revision));
+        }
+        let resource = (kind.group.clone(), kind.plural.clone());
+        let mut objects = state.of(kind).clone();
+        let later = self.events.after(revision)?.into_iter().rev();
+        for event in later.filter(|event| event.resource == resource) {
+            let key = names(event.object.value());
+            match event.previous {
+                Some(previous) => objects.insert(key, Arc::clone(previous.value())),
+                None => objects.remove(&key),
+            };
+        }
+        Ok(Listing {
+            items: within(scope, &objects),
+            revision,
         })
     }
 
     async fn create(&self, kind: &Kind, object: Value) -> Result<Arc<Value>, ApiError> {
         let mut state = self.state.lock();
         let key = names(&object);
-        let there = state
-            .objects
-            .get(&(kind.group.clone(), kind.plural.clone()))
-            .is_some_and(|objects| objects.contains_key(&key));
-        if there {
+        if state.of(kind).contains_key(&key) {
             return Err(ApiError::already_exists(&kind.group, &kind.plural, &key.1));
         }
         self.write(&mut state, kind, object, false)

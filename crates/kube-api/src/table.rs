@@ -16,11 +16,12 @@ pub enum Include {
     Object,
 }
 
-/// A table of `objects`; headings only where `headings` (a watch sends them once).
+/// A table of `objects`, with the metadata of their list; headings only where `headings` (a watch
+/// sends them once).
 pub fn table(
     kind: &Kind,
     objects: &[Value],
-    revision: &str,
+    metadata: Value,
     include: Include,
     headings: bool,
     now: Timestamp,
@@ -65,10 +66,19 @@ pub fn table(
     json!({
         "kind": "Table",
         "apiVersion": "meta.k8s.io/v1",
-        "metadata": if revision.is_empty() { json!({}) } else { json!({"resourceVersion": revision}) },
+        "metadata": metadata,
         "columnDefinitions": if headings { definitions } else { Vec::new() },
         "rows": rows,
     })
+}
+
+/// A table of one object of now.
+pub fn of_one(kind: &Kind, object: Value, include: Include) -> Value {
+    let metadata = match object.pointer("/metadata/resourceVersion") {
+        Some(revision) => json!({"resourceVersion": revision}),
+        None => json!({}),
+    };
+    table(kind, &[object], metadata, include, true, Timestamp::now())
 }
 
 fn cell(column: &Column, object: &Value, now: Timestamp) -> Value {

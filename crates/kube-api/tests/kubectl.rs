@@ -4,6 +4,7 @@
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use axum::body::Body;
 use axum::extract::Request;
 use krake_kube_api::{AdmitAll, Column, FieldValidation, Kind, MemoryStore, Registry, Service};
 use serde_json::{Value, json};
@@ -51,27 +52,34 @@ fn core_kind() -> Kind {
 
 struct Api {
     dir: tempfile::TempDir,
+    service: Arc<Service>,
     url: String,
 }
 
 impl Api {
     async fn start() -> Self {
+        Self::start_over(MemoryStore::default()).await
+    }
+
+    async fn start_over(store: MemoryStore) -> Self {
         let service = Arc::new(Service {
             registry: Arc::new(Registry::new(vec![kind(), core_kind()])),
-            store: Arc::new(MemoryStore::default()),
+            store: Arc::new(store),
             admission: Arc::new(AdmitAll),
             version: json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0"}),
             field_validation: FieldValidation::Strict,
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
+        let served = Arc::clone(&service);
         let app = axum::Router::new().fallback(move |request: Request| {
-            let service = Arc::clone(&service);
+            let service = Arc::clone(&served);
             async move { service.handle(request).await }
         });
         tokio::spawn(async move { axum::serve(listener, app).await });
         Self {
             dir: tempfile::tempdir().unwrap(),
+            service,
             url,
         }
     }
@@ -109,6 +117,27 @@ impl Api {
         let (success, out, error) = self.run(args).await;
         assert!(!success, "kubectl {args:?}: {out}{error}");
         error
+    }
+
+    /// Makes or replaces these widgets.
+    async fn apply(&self, widgets: &[Value]) {
+        let items = json!({"apiVersion": "v1", "kind": "List", "items": widgets});
+        let file = self.file("widgets.json", &items);
+        self.ok(&["apply", "-f", &file]).await;
+    }
+
+    /// The whole refusal, of which kubectl shows the message.
+    async fn refusal(&self, path: &str) -> Value {
+        let request = http::Request::get(path).body(Body::empty()).unwrap();
+        let answer = self.service.handle(request).await;
+        let bytes = axum::body::to_bytes(answer.into_body(), usize::MAX).await;
+        serde_json::from_slice(&bytes.unwrap()).unwrap()
+    }
+
+    /// A list of widgets with this query.
+    async fn page(&self, query: &str) -> Value {
+        let path = format!("/apis/example.org/v1/namespaces/default/widgets?{query}");
+        serde_json::from_str(&self.ok(&["get", "--raw", &path]).await).unwrap()
     }
 
     fn file(&self, name: &str, object: &Value) -> String {
@@ -370,4 +399,103 @@ async fn a_list_in_a_file_is_as_good_as_its_objects() {
         assert!(error.contains("did you mean `size`?"), "{error}");
     }
     assert!(api.ok(&["delete", "-f", &both]).await.contains("deleted"));
+}
+
+/// Name and size of each item.
+fn sizes(list: &Value) -> Vec<(&str, i64)> {
+    let items = list["items"].as_array().unwrap().iter();
+    let size = |item: &Value| item["spec"]["size"].as_i64().unwrap();
+    items
+        .map(|item| (item["metadata"]["name"].as_str().unwrap(), size(item)))
+        .collect()
+}
+
+fn rest_of(list: &Value) -> &str {
+    list["metadata"]["continue"].as_str().unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_pages_of_a_list_are_of_one_moment() {
+    let api = Api::start().await;
+    let names = ["a", "b", "c", "d", "e", "f", "g"];
+    api.apply(&names.map(|name| widget(name, 1))).await;
+    let first = api.page("limit=3").await;
+    assert_eq!(sizes(&first), [("a", 1), ("b", 1), ("c", 1)]);
+    assert_eq!(first["metadata"]["remainingItemCount"], 4);
+
+    api.ok(&["delete", "widget", "d", "a"]).await;
+    api.apply(&[widget("c2", 1), widget("e", 2)]).await;
+    let next = format!("limit=3&continue={}", rest_of(&first));
+    let second = api.page(&next).await;
+    assert_eq!(sizes(&second), [("d", 1), ("e", 1), ("f", 1)]);
+    let revision = &first["metadata"]["resourceVersion"];
+    assert_eq!(&second["metadata"]["resourceVersion"], revision);
+    let last = api
+        .page(&format!("limit=3&continue={}", rest_of(&second)))
+        .await;
+    assert_eq!(sizes(&last), [("g", 1)]);
+    assert_eq!(rest_of(&last), "");
+    assert!(last["metadata"].get("remainingItemCount").is_none());
+
+    let now = ["b", "c", "c2", "e", "f", "g"];
+    let revision = revision.as_str().unwrap();
+    let exact = format!("resourceVersion={revision}&resourceVersionMatch=Exact");
+    let then = api.page(&exact).await;
+    assert_eq!(sizes(&then), names.map(|name| (name, 1)));
+    let in_pages = ["get", "widgets", "--chunk-size=2", "--output=name"];
+    let shown = api.ok(&in_pages).await;
+    let shown: Vec<&str> = shown
+        .lines()
+        .map(|line| line.rsplit('/').next().unwrap())
+        .collect();
+    assert_eq!(shown, now);
+    // A page has as many as asked for when the selector leaves out others, and nobody counts the rest.
+    let chosen = api.page("limit=1&labelSelector=app%20in%20(c2,g)").await;
+    assert_eq!(sizes(&chosen), [("c2", 1)]);
+    assert!(chosen["metadata"].get("remainingItemCount").is_none());
+    let next = format!(
+        "labelSelector=app%20in%20(c2,g)&continue={}",
+        rest_of(&chosen)
+    );
+    assert_eq!(sizes(&api.page(&next).await), [("g", 1)]);
+    let one = api.page("limit=1&fieldSelector=metadata.name=c").await;
+    assert_eq!((sizes(&one), rest_of(&one)), (vec![("c", 1)], ""));
+    let table = api.ok(&["get", "widgets", "--chunk-size=4"]).await;
+    assert_eq!(table.lines().count(), 1 + now.len(), "{table}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_of_a_moment_that_is_not_known_any_more_is_refused_and_can_go_on() {
+    let api = Api::start_over(MemoryStore::default().with_events(3)).await;
+    api.apply(&["a", "b", "c"].map(|name| widget(name, 1)))
+        .await;
+    let first = api.page("limit=1").await;
+    api.apply(&["b", "c", "d", "e"].map(|name| widget(name, 2)))
+        .await;
+    let path = "/apis/example.org/v1/namespaces/default/widgets";
+    let next = format!("{path}?continue={}", rest_of(&first));
+    let refusal = api.refusal(&next).await;
+    assert_eq!(
+        (&refusal["code"], &refusal["reason"]),
+        (&json!(410), &json!("Expired"))
+    );
+    let rest = api.page(&format!("continue={}", rest_of(&refusal))).await;
+    assert_eq!(sizes(&rest), [("b", 2), ("c", 2), ("d", 2), ("e", 2)]);
+    for (query, says) in [
+        ("continue=x", "begin the list anew"),
+        ("limit=many", "limit is not a number"),
+        ("limit=1&resourceVersion=99999", "not reached yet"),
+        ("resourceVersionMatch=Exact", "no resourceVersion to match"),
+        (
+            "resourceVersion=7&resourceVersionMatch=Newest",
+            "Unsupported value",
+        ),
+    ] {
+        let raw = format!("{path}?{query}");
+        let error = api.refused(&["get", "--raw", &raw]).await;
+        assert!(error.contains(says), "{query}: {error}");
+    }
+    let both = format!("{path}?resourceVersion=7&continue={}", rest_of(&first));
+    let error = api.refused(&["get", "--raw", &both]).await;
+    assert!(error.contains("leave out resourceVersion"), "{error}");
 }

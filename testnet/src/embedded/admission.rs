@@ -431,8 +431,7 @@ impl Checks {
             .await?;
         if text(object, "/spec/clusterIP").is_empty() {
             let taken: BTreeSet<&str> = others
-                .items
-                .iter()
+                .objects()
                 .map(|service| text(service, "/spec/clusterIP"))
                 .collect();
             let free = (2..u32::from(u16::MAX))
@@ -453,7 +452,7 @@ impl Checks {
             }
         }
         if matches!(text(object, "/spec/type"), "NodePort" | "LoadBalancer") {
-            give_node_ports(old, object, &others.items);
+            give_node_ports(old, object, others.objects());
         }
         Ok(())
     }
@@ -508,10 +507,13 @@ impl Checks {
     }
 }
 
-fn give_node_ports(old: Option<&Value>, object: &mut Value, others: &[Arc<Value>]) {
+fn give_node_ports<'a>(
+    old: Option<&Value>,
+    object: &mut Value,
+    others: impl Iterator<Item = &'a Arc<Value>>,
+) {
     let own = super::object::uid(object).to_owned();
     let mut taken: BTreeSet<i64> = others
-        .iter()
         .filter(|service| super::object::uid(service) != own)
         .flat_map(|service| list(service, "/spec/ports"))
         .filter_map(|port| number(port, "/nodePort"))

@@ -106,6 +106,10 @@ fn normal_table(table: &Value, names: &mut Names) -> Value {
     if let Some(Value::Object(metadata)) = normal.get_mut("metadata") {
         let known = metadata.contains_key("resourceVersion");
         metadata.insert("resourceVersion".to_owned(), known.into());
+        // Each server's own.
+        if let Some(token) = metadata.get_mut("continue") {
+            *token = "<token>".into();
+        }
     }
     if let Some(name) = normal.pointer_mut("/columnDefinitions/0") {
         // The words for it are those of the API's documentation.

@@ -442,13 +442,27 @@ impl Generator<'_> {
             ]);
             request.query.push(("fieldSelector", selector.to_owned()));
         }
-        if self.dice.chance(20) {
-            let limit = self.dice.pick(&["1", "1", "1", "100", "0", "x"]);
+        if self.dice.chance(40) {
+            let limit = self
+                .dice
+                .pick(&["1", "1", "1", "2", "2", "100", "0", "-1", "x"]);
             request.query.push(("limit", limit.to_owned()));
+        }
+        if self.dice.chance(25) {
+            let token = self
+                .dice
+                .pick(&["${continue}", "${continue}", "${continue}", "x"]);
+            request.query.push(("continue", token.to_owned()));
         }
         if self.dice.chance(10) {
             let revision = self.dice.pick(&["0", "x", "1"]);
             request.query.push(("resourceVersion", revision.to_owned()));
+        }
+        if self.dice.chance(8) {
+            let rule = self.dice.pick(&["Exact", "NotOlderThan", "Some"]);
+            request
+                .query
+                .push(("resourceVersionMatch", rule.to_owned()));
         }
         if self.dice.chance(25) {
             request.accept = TABLE;

@@ -34,6 +34,8 @@ pub struct Server {
     /// What each object's path was answered with last, and its revision before.
     objects: BTreeMap<String, (Value, String)>,
     generated: String,
+    /// Where the last page of each collection ended.
+    rests: BTreeMap<String, String>,
 }
 
 impl std::fmt::Debug for Server {
@@ -49,6 +51,7 @@ impl Server {
             client,
             objects: BTreeMap::new(),
             generated: String::new(),
+            rests: BTreeMap::new(),
         }
     }
 
@@ -67,6 +70,10 @@ impl Server {
             && answer.body.pointer("/metadata/generateName").is_some()
         {
             name.clone_into(&mut self.generated);
+        }
+        let rest = text(&answer.body, "/metadata/continue");
+        if !rest.is_empty() {
+            self.rests.insert(request.path.clone(), rest);
         }
         Ok(answer)
     }
@@ -130,10 +137,13 @@ impl Server {
             text(object, "/metadata/uid"),
             "00000000-0000-4000-8000-000000000000",
         );
+        let rest = self.rests.get(&request.path).cloned();
+        let rest = rest.unwrap_or_else(|| "none".to_owned());
         let fill = |text: &str| {
             text.replace("${rv}", &revision)
                 .replace("${rv-old}", &or(before.clone(), "1"))
                 .replace("${uid}", &uid)
+                .replace("${continue}", &rest)
                 .replace("${generated}", &or(self.generated.clone(), "none"))
         };
         let body = match &request.body {

@@ -13,6 +13,8 @@ use super::{Client, ClientError, LogLevel, Refusal, Request, Response, chain, he
 const QUIET: Duration = Duration::from_secs(5);
 /// Time between two tries to get a watch running again.
 const RETRY_PAUSE: Duration = Duration::from_millis(300);
+/// A list is read in pages of so many objects, as kubectl does: no answer is too large then.
+const PAGE: usize = 500;
 /// One line of a watch has at most this many bytes.
 const LINE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
@@ -25,8 +27,6 @@ pub struct Listing {
     pub items: Vec<Value>,
     /// A watch from here misses nothing, at any node.
     pub revision: String,
-    /// The whole answer.
-    pub raw: Value,
     /// The site of the node that answered.
     pub served_by: Option<String>,
 }
@@ -122,9 +122,11 @@ fn key_and_revision(item: &Value) -> (Key, u64) {
     (key, text("resourceVersion").parse().unwrap_or(0))
 }
 
-fn array(value: &Value, name: &str) -> Vec<Value> {
-    let found = value.get(name).and_then(Value::as_array);
-    found.cloned().unwrap_or_default()
+fn array(value: &mut Value, name: &str) -> Vec<Value> {
+    match value.get_mut(name).map(Value::take) {
+        Some(Value::Array(items)) => items,
+        _ => Vec::new(),
+    }
 }
 
 fn revision_text(value: &Value) -> String {
@@ -132,16 +134,21 @@ fn revision_text(value: &Value) -> String {
     found.and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
-fn listing(response: &Response) -> Result<Listing, ClientError> {
-    let raw: Value = response.json()?;
+/// The list, and where it goes on.
+fn listing(response: &Response) -> Result<(Listing, Option<String>), ClientError> {
+    let mut raw: Value = response.json()?;
     let table = raw.get("kind").and_then(Value::as_str) == Some("Table");
-    Ok(Listing {
-        columns: array(&raw, "columnDefinitions"),
-        items: array(&raw, if table { "rows" } else { "items" }),
+    let listing = Listing {
+        columns: array(&mut raw, "columnDefinitions"),
+        items: array(&mut raw, if table { "rows" } else { "items" }),
         revision: revision_text(&raw),
-        raw,
         served_by: response.served_by.clone(),
-    })
+    };
+    let rest = raw.pointer("/metadata/continue").and_then(Value::as_str);
+    let rest = rest
+        .filter(|token| !token.is_empty())
+        .map(ToOwned::to_owned);
+    Ok((listing, rest))
 }
 
 fn with_query(path: &str, more: &str) -> String {
@@ -150,11 +157,40 @@ fn with_query(path: &str, more: &str) -> String {
 }
 
 impl Client {
-    /// Lists `path` (with its query), as objects or as a table.
+    /// Lists `path` (with its query), as objects or as a table: all of it as it was at one moment,
+    /// whichever nodes answer.
     ///
     /// # Errors
     /// When no node answers, or one says no.
     pub async fn list(&self, path: &str, table: bool) -> Result<Listing, ClientError> {
+        let first = with_query(path, &format!("limit={PAGE}"));
+        let (mut whole, mut rest) = self.page(&first, table).await?;
+        while let Some(token) = rest {
+            let page = format!("limit={PAGE}&continue={token}");
+            match self.page(&with_query(path, &page), table).await {
+                Ok((page, next)) => {
+                    whole.items.extend(page.items);
+                    rest = next;
+                }
+                // So much was written meanwhile that nobody knows any more what the rest was.
+                Err(error) if error.refusal().is_some_and(|refusal| refusal.code == 410) => {
+                    self.log(LogLevel::Debug, || {
+                        format!("{error}; asking for all of {path} at once")
+                    });
+                    return Ok(self.page(path, table).await?.0);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(whole)
+    }
+
+    /// One answer, and what to ask for the next one with.
+    async fn page(
+        &self,
+        path: &str,
+        table: bool,
+    ) -> Result<(Listing, Option<String>), ClientError> {
         let request = Request::get(path);
         let request = if table { request.table() } else { request };
         listing(&self.send(&request).await?)
@@ -244,7 +280,7 @@ impl Watch {
     }
 
     fn take_event(&mut self, event: &Value, index: usize) -> Result<(), ClientError> {
-        let object = event.get("object").cloned().unwrap_or_default();
+        let mut object = event.get("object").cloned().unwrap_or_default();
         let kind = match event.get("type").and_then(Value::as_str) {
             Some("ADDED") => WatchEventKind::Added,
             Some("MODIFIED") => WatchEventKind::Modified,
@@ -267,9 +303,9 @@ impl Watch {
             }
         };
         let table = object.get("kind").and_then(Value::as_str) == Some("Table");
-        let columns = array(&object, "columnDefinitions");
+        let columns = array(&mut object, "columnDefinitions");
         let items = if table {
-            array(&object, "rows")
+            array(&mut object, "rows")
         } else {
             vec![object]
         };

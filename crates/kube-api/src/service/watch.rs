@@ -44,7 +44,7 @@ impl Service {
             position = self.store.events(&target.kind, scope).end();
             let listing = self.store.list(&target.kind, scope, freshness).await?;
             revision = listing.revision;
-            initial = listing.items;
+            initial = listing.objects().cloned().collect();
         } else {
             revision = number(from.unwrap_or_default())?;
             let events = self.store.events(&target.kind, scope);
@@ -187,19 +187,7 @@ impl Watch {
     async fn send(&self, word: &str, object: &Value) -> bool {
         let mut object = typed(&self.target.kind, object);
         if let Some(include) = self.table {
-            let revision = object
-                .pointer("/metadata/resourceVersion")
-                .and_then(Value::as_str)
-                .unwrap_or_default()
-                .to_owned();
-            object = table::table(
-                &self.target.kind,
-                std::slice::from_ref(&object),
-                &revision,
-                include,
-                true,
-                jiff::Timestamp::now(),
-            );
+            object = table::of_one(&self.target.kind, object, include);
         }
         let line = json!({"type": word, "object": object});
         self.sender.send(Ok(format!("{line}\n"))).await.is_ok()

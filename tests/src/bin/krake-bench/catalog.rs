@@ -5,6 +5,7 @@
 //! one to etcd, and ask whoever leads.
 
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -304,6 +305,34 @@ pub async fn groups() {
         line("", &few).trim(),
         line("", &most).trim(),
     );
+}
+
+/// The puts of this build, and in turn with them those of other builds.
+pub async fn puts(others: &[String]) {
+    let krake = |net| Krake {
+        net,
+        http: reqwest::Client::new(),
+    };
+    let sites = ["--sites", "3"];
+    let mut builds = vec![("this build", krake(Testnet::up(&sites)))];
+    for directory in others {
+        let net = Testnet::up_from(Path::new(directory), &sites);
+        builds.push((directory, krake(net)));
+    }
+    for clients in [1, 64, 256] {
+        let mut turns = vec![Vec::new(); builds.len()];
+        for _ in 0..ROUNDS {
+            for (turns, (_, build)) in turns.iter_mut().zip(&builds) {
+                turns.push(turn(build, Work::Put, clients).await);
+            }
+        }
+        for (turns, (name, _)) in turns.iter().zip(&builds) {
+            println!(
+                "{}",
+                line(&format!("| put 1 KiB, {clients} clients | {name} |"), turns)
+            );
+        }
+    }
 }
 
 /// Runs all of it and prints a table.

@@ -3,6 +3,8 @@
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
 //! `burst`, `transfer`, `leader`, `failover-fast`, `failover` and `idle`, and of the catalog alone
 //! `catalog` (against etcd), `groups`, `http`, `watchers`, `restart` and `wan`; without one all run. Each prints lines of a table for `docs/benchmarks.md`.
+//! `krake-bench puts [DIRECTORY…]` shows what a change of the catalog brought: the puts of this build and, in turn with it, of others whose programs
+//! are in these directories.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -516,6 +518,9 @@ async fn until_gone(api: &Api<DynamicObject>, name: &str) {
 #[tokio::main]
 async fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if wanted.first().is_some_and(|scenario| scenario == "puts") {
+        return catalog::puts(&wanted[1..]).await;
+    }
     let wants = |scenario: &str| wanted.is_empty() || wanted.iter().any(|w| w == scenario);
     if wants("catalog") {
         catalog::run().await;

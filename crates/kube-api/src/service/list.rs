@@ -1,0 +1,205 @@
+//! Lists, whole and in pages.
+//!
+//! A page says with `continue` where the next one begins and of which revision the list is. Nothing of
+//! it is kept here: any server can go on with it, as long as it knows what changed since then.
+
+use axum::body::Body;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use http::{HeaderMap, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::query::{Query, include, not_supported, refuse_options, selectors};
+use super::{Service, Target, respond, typed, wants_table, with_staleness};
+use crate::error::{ApiError, Cause};
+use crate::kinds::Kind;
+use crate::store::{Freshness, Listing};
+use crate::table;
+
+/// What `continue` says.
+#[derive(Debug, Serialize, Deserialize)]
+struct Token {
+    /// The list is as it was then; `None`: that cannot be told any more, what follows is of now.
+    revision: Option<u64>,
+    /// Namespace and name of the last object that was looked at.
+    after: (String, String),
+}
+
+impl Token {
+    fn encode(&self) -> String {
+        URL_SAFE_NO_PAD.encode(json!(self).to_string())
+    }
+
+    fn decode(text: &str) -> Result<Self, ApiError> {
+        let bytes = URL_SAFE_NO_PAD.decode(text).ok();
+        let token = bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        token.ok_or_else(|| {
+            ApiError::bad_request(
+                "continue is not what a list returned as metadata.continue: leave it out to begin the list anew",
+            )
+        })
+    }
+}
+
+/// Of when a list is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum When {
+    Fresh(Freshness),
+    AsOf(u64),
+}
+
+/// Which part of a list is asked for.
+#[derive(Debug)]
+struct Part {
+    when: When,
+    limit: Option<usize>,
+    token: Option<Token>,
+}
+
+impl Part {
+    fn of(query: &Query) -> Result<Self, ApiError> {
+        let limit = match query.get("limit").map(str::parse::<i64>) {
+            None => None,
+            Some(Ok(limit)) => usize::try_from(limit).ok().filter(|limit| *limit > 0),
+            Some(Err(_)) => return Err(ApiError::bad_request("limit is not a number")),
+        };
+        let asked = query.get("resourceVersion");
+        let matched = query.get("resourceVersionMatch");
+        check_match(matched, asked, query.get("continue"))?;
+        if let Some(text) = query.get("continue") {
+            if asked.is_some_and(|asked| asked != "0") {
+                return Err(ApiError::bad_request(
+                    "a list that goes on is of the revision it was begun with: leave out resourceVersion or continue",
+                ));
+            }
+            let token = Token::decode(text)?;
+            let when = token
+                .revision
+                .map_or(When::Fresh(Freshness::Latest), When::AsOf);
+            let token = Some(token);
+            return Ok(Self { when, limit, token });
+        }
+        let (when, limit) = match (query.freshness()?, matched, limit) {
+            // As in Kubernetes: whatever is here is no moment that a next page could be of.
+            (Freshness::Any, ..) => (When::Fresh(Freshness::Any), None),
+            (Freshness::AtLeast(revision), Some("Exact"), _)
+            | (Freshness::AtLeast(revision), None, Some(_)) => (When::AsOf(revision), limit),
+            (Freshness::AtLeast(_), _, Some(_)) => (When::Fresh(Freshness::Latest), limit),
+            (freshness, ..) => (When::Fresh(freshness), limit),
+        };
+        let token = None;
+        Ok(Self { when, limit, token })
+    }
+}
+
+fn check_match(
+    matched: Option<&str>,
+    revision: Option<&str>,
+    going_on: Option<&str>,
+) -> Result<(), ApiError> {
+    let Some(matched) = matched else {
+        return Ok(());
+    };
+    const FIELD: &str = "resourceVersionMatch";
+    let forbidden =
+        |why: &str| Cause::new(FIELD, format!("Forbidden: {why}")).because("FieldValueForbidden");
+    let mut causes = Vec::new();
+    if revision.is_none() {
+        causes.push(forbidden("there is no resourceVersion to match"));
+    }
+    if going_on.is_some() {
+        causes.push(forbidden("continue says which revision is read"));
+    }
+    if !matches!(matched, "Exact" | "NotOlderThan") {
+        causes.push(not_supported(FIELD, "Exact, NotOlderThan"));
+    }
+    if matched == "Exact" && revision == Some("0") {
+        causes.push(forbidden("resourceVersion 0 is no exact one"));
+    }
+    refuse_options("ListOptions", causes)
+}
+
+fn name_of(object: &Value) -> (String, String) {
+    let text = |key: &str| {
+        let found = object["metadata"][key].as_str();
+        found.unwrap_or_default().to_owned()
+    };
+    (text("namespace"), text("name"))
+}
+
+impl Service {
+    pub(super) async fn list(
+        &self,
+        headers: &HeaderMap,
+        target: &Target,
+        query: &Query,
+    ) -> Result<Response<Body>, ApiError> {
+        let (labels, fields) = selectors(query)?;
+        let Part { when, limit, token } = Part::of(query)?;
+        let mut scope = target.scope(&fields);
+        let after = token.as_ref().map(|token| &token.after);
+        scope.after = after.map(|(namespace, name)| (namespace.as_str(), name.as_str()));
+        let (kind, mut staleness) = (&target.kind, None);
+        let listed = match when {
+            When::Fresh(freshness) => {
+                staleness = self.staleness(kind, scope, freshness);
+                self.store.list(kind, scope, freshness).await
+            }
+            When::AsOf(revision) => self.store.list_as_of(kind, scope, revision).await,
+        };
+        let Listing { items, revision } = listed.map_err(|error| match after {
+            Some(after) if error.code == 410 => ended(error, after.clone()),
+            _ => error,
+        })?;
+        let (mut rest, mut chosen, mut last) = (items.into_iter(), Vec::new(), None);
+        while limit.is_none_or(|limit| chosen.len() < limit) {
+            let Some(item) = rest.next() else { break };
+            let object = item.value();
+            if object.is_null() {
+                continue;
+            }
+            if labels.matches(object) && fields.matches(object) {
+                chosen.push(typed(kind, object));
+            }
+            last = limit.map(|_| name_of(object));
+        }
+        let mut metadata = json!({"resourceVersion": revision.to_string()});
+        if let (Some(after), left @ 1..) = (last, rest.len()) {
+            let revision = Some(revision);
+            metadata["continue"] = Token { revision, after }.encode().into();
+            // With a selector nobody has counted.
+            if query.get("labelSelector").is_none() && query.get("fieldSelector").is_none() {
+                metadata["remainingItemCount"] = left.into();
+            }
+        }
+        let body = if wants_table(headers) {
+            let now = jiff::Timestamp::now();
+            table::table(kind, &chosen, metadata, include(query)?, true, now)
+        } else {
+            list_object(kind, chosen, metadata)
+        };
+        Ok(with_staleness(respond(200, &body), staleness))
+    }
+}
+
+/// The moment of a list that goes on is not known any more.
+fn ended(error: ApiError, after: (String, String)) -> ApiError {
+    let revision = None;
+    ApiError {
+        message: format!(
+            "the rest of this list as it was when it was begun is not kept any more ({error}): begin anew without continue, or go on with the continue of this answer, which shows the rest as it is now"
+        ),
+        resume: Some(Token { revision, after }.encode()),
+        ..error
+    }
+}
+
+pub(super) fn list_object(kind: &Kind, items: Vec<Value>, metadata: Value) -> Value {
+    json!({
+        "kind": format!("{}List", kind.kind),
+        "apiVersion": kind.api_version(),
+        "metadata": metadata,
+        "items": items,
+    })
+}

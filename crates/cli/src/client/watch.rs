@@ -446,3 +446,96 @@ impl Watch {
         Err(ClientError::Refused(Box::new(refusal)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use krake_kube_api::{
+        AdmitAll, FieldValidation, Kind, MemoryStore, Registry, Service, Store as _,
+    };
+    use serde_json::json;
+
+    use super::*;
+
+    const COUNT: usize = 2 * PAGE + 3;
+
+    fn kind() -> Kind {
+        Kind {
+            group: "example.org".to_owned(),
+            version: "v1".to_owned(),
+            kind: "Widget".to_owned(),
+            plural: "widgets".to_owned(),
+            singular: "widget".to_owned(),
+            short_names: Vec::new(),
+            categories: Vec::new(),
+            namespaced: true,
+            read_only: false,
+            status: false,
+            schema: None,
+            columns: Vec::new(),
+        }
+    }
+
+    fn widget(number: usize) -> Value {
+        json!({"metadata": {"namespace": "default", "name": format!("w-{number:05}")}})
+    }
+
+    /// A server with so many widgets, which makes more with every request; and its requests.
+    async fn serve(more: usize) -> (Client, Arc<AtomicUsize>) {
+        let store = Arc::new(MemoryStore::default().with_events(100));
+        for number in 0..COUNT {
+            store.create(&kind(), widget(number)).await.unwrap();
+        }
+        let service = Arc::new(Service {
+            registry: Arc::new(Registry::new(vec![kind()])),
+            store: Arc::clone(&store) as _,
+            admission: Arc::new(AdmitAll),
+            version: json!({}),
+            field_validation: FieldValidation::Strict,
+        });
+        let requests = Arc::<AtomicUsize>::default();
+        let counter = Arc::clone(&requests);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let app = axum::Router::new().fallback(move |request: axum::extract::Request| {
+            let (service, store) = (Arc::clone(&service), Arc::clone(&store));
+            let round = counter.fetch_add(1, Ordering::SeqCst);
+            async move {
+                let answer = service.handle(request).await;
+                for number in 0..more {
+                    let new = widget(COUNT + round * more + number);
+                    store.create(&kind(), new).await.unwrap();
+                }
+                answer
+            }
+        });
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        let client = Client::new([format!("http://{address}")], None).unwrap();
+        (client, requests)
+    }
+
+    async fn names_in(client: &Client) -> Vec<String> {
+        let path = "/apis/example.org/v1/namespaces/default/widgets";
+        let listing = client.list(path, false).await.unwrap();
+        let names = listing.items.iter().map(|item| key_and_revision(item).0.1);
+        names.collect()
+    }
+
+    #[tokio::test]
+    async fn a_list_of_several_pages_is_one_list_of_one_moment() {
+        let (client, requests) = serve(1).await;
+        let expected: Vec<String> = (0..COUNT).map(|number| format!("w-{number:05}")).collect();
+        assert_eq!(names_in(&client).await, expected);
+        assert_eq!(requests.load(Ordering::SeqCst), 3);
+    }
+
+    #[tokio::test]
+    async fn a_list_whose_moment_is_gone_is_asked_for_in_one() {
+        let (client, requests) = serve(101).await;
+        // Two requests were answered before the one that got all.
+        assert_eq!(names_in(&client).await.len(), COUNT + 2 * 101);
+        assert_eq!(requests.load(Ordering::SeqCst), 3);
+    }
+}

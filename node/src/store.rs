@@ -1,27 +1,25 @@
 //! The API's store over the catalog.
 
+mod follow;
+
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::future::OptionFuture;
-use krake_consensus::{Batch, Command, Entry, Expect, Operation, ProposeError, ReadError};
+use krake_consensus::{Command, Entry, Expect, Operation, ProposeError, ReadError};
 use krake_kube_api::store::{modified, set_revision};
 use krake_kube_api::{
-    ApiError, Event, EventKind, EventLog, Freshness, Kind, LazyObject, Listing, Scope, Staleness,
-    Store,
+    ApiError, EventLog, Freshness, Kind, LazyObject, Listing, Scope, Staleness, Store,
 };
 use krake_model::{AppKey, GroupId, Revision};
 use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::sync::Notify;
-use tokio::sync::broadcast::Receiver;
-use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::time::Instant;
-use tracing::{debug, warn};
 
+use self::follow::follow;
 use crate::catalog::{self, Catalog, PATIENCE};
 use crate::merge::Merge;
 use crate::records;
@@ -30,10 +28,6 @@ use crate::records;
 const EVENTS_KEPT: usize = 2_000;
 /// Of one group at least, for watches of what is in it alone.
 const GROUP_EVENTS_MIN: usize = 64;
-/// Stamps of all shards are closed no more often than this while somebody watches.
-const CLOSE_INTERVAL: Duration = Duration::from_millis(20);
-/// When they could not be closed.
-const CLOSE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Adds to an object what is not committed: a site's newest report.
 pub trait Overlay: Send + Sync + 'static {
@@ -97,115 +91,6 @@ impl CatalogStore {
         });
         tokio::spawn(follow(Arc::downgrade(&store), batches));
         store
-    }
-
-    /// Everything that was missed is void.
-    fn lose(&self, groups: &[GroupId]) {
-        for group in groups {
-            let revision = self.catalog.host.revision(*group).number();
-            if let Some(events) = self.group_events.get(group) {
-                events.reset(revision);
-            }
-            if *group != GroupId::META {
-                self.merge.lock().lose(revision);
-            }
-        }
-    }
-
-    fn lose_all(&self) {
-        self.lose(&Catalog::all_groups(self.catalog.shards));
-    }
-
-    fn take_all(self: &Arc<Self>, batches: &mut Receiver<Arc<[Batch]>>) {
-        loop {
-            match batches.try_recv() {
-                Ok(round) => self.take(&round),
-                Err(TryRecvError::Lagged(_)) => self.lose_all(),
-                Err(TryRecvError::Empty | TryRecvError::Closed) => return,
-            }
-        }
-    }
-
-    fn take(self: &Arc<Self>, round: &[Batch]) {
-        for batch in round {
-            if batch.reset {
-                self.lose(&[batch.group]);
-                continue;
-            }
-            let events = self.events_of(batch);
-            if events.is_empty() {
-                continue;
-            }
-            if let Some(log) = self.group_events.get(&batch.group) {
-                log.append(events.iter().cloned());
-            }
-            if batch.group != GroupId::META {
-                self.merge.lock().take(batch.revision.number(), events);
-            }
-        }
-    }
-
-    fn events_of(self: &Arc<Self>, batch: &Batch) -> Vec<Event> {
-        let mut events = Vec::new();
-        for change in &*batch.changes {
-            let Some((plural, _)) = change.key.split_once('/') else {
-                continue;
-            };
-            if !matches!(
-                plural,
-                "applications" | "sites" | "placements" | "nodes" | "events"
-            ) {
-                continue;
-            }
-            let plural = plural.to_owned();
-            let revision = batch.revision.number();
-            let gone = change.entry.is_none();
-            let later = |entry: Entry| {
-                let (overlay, key) = (Arc::clone(&self.overlay), change.key.clone());
-                let plural = plural.clone();
-                LazyObject::later(move || {
-                    let mut object = object(&key, &entry)?;
-                    overlay.add(&plural, &mut object);
-                    if gone {
-                        set_revision(&mut object, revision);
-                    }
-                    Some(object)
-                })
-            };
-            let previous = change.previous.clone().map(later);
-            let (kind, object) = match (change.entry.clone().map(later), &previous) {
-                (Some(object), None) => (EventKind::Added, object),
-                (Some(object), Some(_)) => (EventKind::Modified, object),
-                (None, Some(previous)) => (EventKind::Deleted, previous.clone()),
-                (None, None) => continue,
-            };
-            let groups: &[&str] = if plural == "events" {
-                &["krake.dev", ""]
-            } else {
-                &["krake.dev"]
-            };
-            for group in groups {
-                events.push(Event {
-                    kind,
-                    resource: ((*group).to_owned(), plural.clone()),
-                    object: object.clone(),
-                    previous: previous.clone(),
-                    revision,
-                });
-            }
-        }
-        events
-    }
-
-    /// Everything of all shards up to `revision` was taken.
-    fn publish(&self, revision: u64) {
-        let turn = self.merge.lock().close(revision);
-        if let Some(floor) = turn.reset {
-            self.events.reset(floor);
-        }
-        if !turn.events.is_empty() {
-            self.events.append(turn.events);
-        }
     }
 
     /// A list over all shards as they were at one moment, and the revision of that moment.
@@ -361,77 +246,6 @@ fn prefix(kind: &Kind, scope: Scope<'_>) -> String {
 fn newest(catalog: &Catalog, groups: &[GroupId]) -> u64 {
     let revisions = groups.iter().map(|group| catalog.host.revision(*group));
     revisions.max().unwrap_or(Revision::NONE).number()
-}
-
-/// Brings what is applied to those who watch. The events of all shards are put in order by having
-/// the leaders close their stamps, as long as somebody watches them.
-async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Arc<[Batch]>>) {
-    let Some((host, shards, wanted, first)) = store.upgrade().map(|store| {
-        let shards = store.catalog.shard_groups();
-        let first = newest(&store.catalog, &shards);
-        let host = store.catalog.host.clone();
-        (host, shards, Arc::clone(&store.wanted), first)
-    }) else {
-        return;
-    };
-    let close = |at: u64| {
-        let (host, shards) = (host.clone(), shards.clone());
-        async move {
-            let closed = host
-                .close(&shards, Revision::from_number(at), PATIENCE)
-                .await;
-            if closed.is_err() {
-                tokio::time::sleep(CLOSE_PAUSE).await;
-            }
-            closed.map(|()| at)
-        }
-    };
-    // What is read locally before anybody watches has a revision to go on from, too.
-    let mut closing = Some(Box::pin(close(first)));
-    let (mut next, mut failing) = (Instant::now(), false);
-    loop {
-        let idle = closing.is_none();
-        let pause = idle && next > Instant::now();
-        let mut received = None;
-        tokio::select! {
-            batch = batches.recv() => received = Some(batch),
-            Some(closed) = OptionFuture::from(closing.as_mut()), if !idle => {
-                closing = None;
-                let Some(store) = store.upgrade() else { return };
-                match closed {
-                    Ok(at) => {
-                        // Closed is what was told already; it may still be in the channel.
-                        store.take_all(&mut batches);
-                        store.closed.fetch_max(at, Ordering::Relaxed);
-                        store.publish(at);
-                        failing = false;
-                    }
-                    Err(error) if !failing && store.events.is_watched() => {
-                        warn!(%error, "watches over all shards wait");
-                        failing = true;
-                    }
-                    Err(error) => debug!(%error, "stamps could not be closed"),
-                }
-            }
-            () = wanted.notified() => {}
-            () = tokio::time::sleep_until(next), if pause => {}
-        }
-        let Some(store) = store.upgrade() else { return };
-        match received {
-            Some(Ok(round)) => {
-                store.take(&round);
-                store.take_all(&mut batches);
-            }
-            Some(Err(RecvError::Lagged(_))) => store.lose_all(),
-            Some(Err(RecvError::Closed)) => return,
-            None => {}
-        }
-        if closing.is_none() && next <= Instant::now() && store.events.is_watched() {
-            let wanted = store.merge.lock().wanted();
-            closing = wanted.map(|at| Box::pin(close(at)));
-            next = Instant::now() + CLOSE_INTERVAL;
-        }
-    }
 }
 
 /// Why a read could not be confirmed, as the API says it.

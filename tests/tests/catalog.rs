@@ -124,12 +124,14 @@ async fn reads_writes_and_watches(net: &Testnet) {
 
 /// What a watch is told of changes that it did not ask for, and when it asks too late.
 async fn bookmarks_and_the_end_of_memory(net: &Testnet) {
-    const COMMANDS: usize = 1_100;
+    /// With what was there before, more than a node keeps of a group that holds as little.
+    const COMMANDS: usize = 300;
+    let value = Bytes::from(vec![7; 4 * 1024]);
     let client = connect(net.sites()[0].catalog_endpoint()).await;
     let key = "kv/test/much";
     let group = client.group_of(key).unwrap();
     let mut watch = client.watch(group, "kv/nothing/", None).await.unwrap();
-    let command = || Command::new(vec![put(key, "x", Expect::Any)]);
+    let command = || Command::new(vec![put(key, value.clone(), Expect::Any)]);
     let first = client.write(group, command()).await.unwrap();
     let bookmark = within("a bookmark", watch.next()).await.unwrap();
     assert!(bookmark.changes.is_empty() && bookmark.revision >= first.revision);

@@ -110,7 +110,7 @@ impl Output {
                 reset: true,
                 changes: Arc::new([]),
             };
-            self.history.note(&batch);
+            self.history.note(&batch, group.machine.read().bytes());
             let _ = self.batches.send(Arc::new([batch]));
         }
     }
@@ -146,7 +146,10 @@ impl Effects for Output {
                 .collect();
         }
         for batch in &batches {
-            self.history.note(batch);
+            let held = groups
+                .get(&batch.group)
+                .map(|group| group.machine.read().bytes());
+            self.history.note(batch, held.unwrap_or(0));
         }
         if !batches.is_empty() {
             // Nobody watching is fine.

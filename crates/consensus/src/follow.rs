@@ -15,10 +15,13 @@ use tokio::sync::broadcast::{self, error::RecvError};
 use crate::core::Batch;
 use crate::machine::{Change, Entry};
 
-/// Commands whose changes are kept, of each group.
-const KEPT_COMMANDS: usize = 1024;
-/// Bytes of keys and values that are kept, of each group.
-const KEPT_BYTES: usize = 1024 * 1024;
+/// Bytes of changes that are kept of each group, however little is in it.
+const KEPT_BYTES_MIN: usize = 1024 * 1024;
+/// For each byte of a group's data so many of its changes: everything may be written anew once, with
+/// what was there before, while a watch is away or a list is read in pages.
+const KEPT_FACTOR: usize = 2;
+/// What a change takes besides its key and its values.
+const CHANGE_OVERHEAD: usize = 256;
 
 /// The changes that a watch should go on from are not kept any more: list, and watch from there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -49,10 +52,9 @@ impl Changes {
 
     fn bytes(&self) -> usize {
         let size = |entry: &Option<Entry>| entry.as_ref().map_or(0, |entry| entry.value.len());
-        let sizes = self
-            .changes
-            .iter()
-            .map(|change| 128 + change.key.len() + size(&change.entry) + size(&change.previous));
+        let sizes = self.changes.iter().map(|change| {
+            CHANGE_OVERHEAD + change.key.len() + size(&change.entry) + size(&change.previous)
+        });
         sizes.sum()
     }
 }
@@ -79,7 +81,8 @@ impl History {
         self.0.write().insert(group, kept);
     }
 
-    pub(crate) fn note(&self, batch: &Batch) {
+    /// Of a group that holds so many bytes.
+    pub(crate) fn note(&self, batch: &Batch, held: u64) {
         if batch.reset {
             return self.begin(batch.group, batch.revision);
         }
@@ -88,7 +91,8 @@ impl History {
         let changes = Changes::of(batch);
         kept.bytes += changes.bytes();
         kept.changes.push_back(changes);
-        while kept.changes.len() > KEPT_COMMANDS || kept.bytes > KEPT_BYTES {
+        let room = (held as usize).saturating_mul(KEPT_FACTOR);
+        while kept.bytes > room.max(KEPT_BYTES_MIN) {
             let Some(oldest) = kept.changes.pop_front() else {
                 break;
             };
@@ -247,6 +251,9 @@ mod tests {
         }
     }
 
+    /// Bytes that the group of these tests holds.
+    const HELD: usize = 4 * KEPT_BYTES_MIN;
+
     struct World {
         history: Arc<History>,
         batches: broadcast::Sender<Arc<[Batch]>>,
@@ -261,7 +268,7 @@ mod tests {
         }
 
         fn apply(&self, batch: Batch) {
-            self.history.note(&batch);
+            self.history.note(&batch, HELD as u64);
             let _ = self.batches.send(Arc::new([batch]));
         }
 
@@ -308,17 +315,18 @@ mod tests {
     #[tokio::test]
     async fn what_is_not_kept_is_said() {
         let world = World::new(4);
-        for number in 1..=KEPT_COMMANDS as i64 + 5 {
-            world.apply(batch(number, 10));
+        // Four times what the group holds is written, twice as much is kept.
+        for number in 1..=40 {
+            world.apply(batch(number, HELD / 10));
         }
-        let error = world.follow(4).unwrap_err();
-        assert_eq!((error.after, error.oldest), (revision(4), revision(5)));
-        assert!(world.follow(5).is_ok());
-        for number in 2_000..2_003 {
-            world.apply(batch(number, KEPT_BYTES / 2));
-        }
-        assert_eq!(world.follow(100).unwrap_err().oldest, revision(2_001));
-        let mut following = world.follow(2_002).unwrap();
+        let error = world.follow(20).unwrap_err();
+        assert_eq!((error.after, error.oldest), (revision(20), revision(21)));
+        assert!(world.follow(21).is_ok());
+        // A group that holds little keeps some all the same.
+        let small = batch(41, KEPT_BYTES_MIN / 3);
+        world.history.note(&small, 0);
+        assert!(world.follow(40).is_ok());
+        let mut following = world.follow(41).unwrap();
         world.apply(Batch {
             reset: true,
             changes: Arc::new([]),

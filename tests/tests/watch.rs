@@ -333,3 +333,114 @@ fn check(told: &Told, committed: &[u64]) {
         told.listed
     );
 }
+
+/// Three sites without which the meta group has a majority and some shard has none, and those shards.
+fn victims(status: &Value, sites: &[String]) -> Option<(Vec<String>, Vec<String>)> {
+    let groups = status["groups"].as_array()?;
+    let lost = |group: &Value, victims: &[&String]| {
+        let voters = group["voters"].as_array().unwrap().iter();
+        let left = voters.filter(|voter| victims.iter().all(|one| *voter != one.as_str()));
+        left.count() < 3
+    };
+    for (first, a) in sites.iter().enumerate() {
+        for (second, b) in sites.iter().enumerate().skip(first + 1) {
+            for c in sites.iter().skip(second + 1) {
+                let gone: Vec<&Value> = groups
+                    .iter()
+                    .filter(|group| lost(group, &[a, b, c]))
+                    .collect();
+                if !gone.is_empty() && gone.iter().all(|group| group["group"] != "meta") {
+                    let names = gone
+                        .iter()
+                        .map(|group| group["group"].as_str().unwrap().to_owned());
+                    return Some((vec![a.clone(), b.clone(), c.clone()], names.collect()));
+                }
+            }
+        }
+    }
+    None
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_over_all_shards_says_for_which_one_it_would_wait() {
+    let net = Testnet::up(&["--sites", "7"]);
+    for name in 0..NAMES {
+        wait_for("the app is accepted", SOON, || {
+            let applied = net.sites()[0].apply(&app(&format!("app-{name}")));
+            applied.status.success().then_some(())
+        });
+    }
+    let nodes = Nodes {
+        http: reqwest::Client::new(),
+        nodes: vec![(net.sites()[0].api.clone(), net.sites()[0].token())],
+    };
+    let others: Vec<String> = net.sites()[1..]
+        .iter()
+        .map(|site| site.name.clone())
+        .collect();
+    let status = nodes
+        .ask(0, |api| nodes.http.get(format!("{api}/v1/consensus")))
+        .await;
+    let (victims, lost) = victims(&status.unwrap(), &others).expect("such sites");
+    let (api, token) = &nodes.nodes[0];
+    let url = format!("{api}{APPS}?watch=true&resourceVersion=0");
+    let open = async || {
+        nodes
+            .http
+            .get(&url)
+            .bearer_auth(token)
+            .send()
+            .await
+            .unwrap()
+    };
+    let mut events = open().await;
+    for victim in &victims {
+        net.run(&["chaos", "kill", victim, "--node-only"]);
+    }
+    let mut shown = Vec::new();
+    let last = timeout(SOON, async {
+        let mut number = 0;
+        loop {
+            // In the shards that are left, so that there is something to wait with.
+            number += 1;
+            let patch = json!({"metadata": {"annotations": {"value": number.to_string()}}});
+            let write = nodes.ask(0, |api| {
+                let url = format!("{api}{APPS}/app-{}", number % NAMES);
+                let kind = "application/merge-patch+json";
+                let request = nodes.http.patch(url).header("content-type", kind);
+                request
+                    .body(patch.to_string())
+                    .timeout(Duration::from_secs(1))
+            });
+            tokio::select! {
+                _ = write => {}
+                chunk = events.chunk() => match chunk.unwrap() {
+                    Some(chunk) => shown.extend_from_slice(&chunk),
+                    None => return String::from_utf8(shown).unwrap().lines().last().unwrap().to_owned(),
+                },
+            }
+        }
+    });
+    let last: Value = serde_json::from_str(&last.await.expect("an end of the watch")).unwrap();
+    assert_eq!(
+        (&last["type"], &last["object"]["code"]),
+        (&json!("ERROR"), &json!(503))
+    );
+    let message = last["object"]["message"].as_str().unwrap();
+    assert!(
+        lost.iter()
+            .any(|shard| message.contains(&format!("{shard} "))),
+        "{lost:?}: {message}"
+    );
+    assert_eq!(open().await.status(), 503);
+    for victim in &victims {
+        net.run(&["chaos", "restart", victim]);
+    }
+    timeout(SOON, async {
+        while !open().await.status().is_success() {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    })
+    .await
+    .expect("a watch again");
+}

@@ -52,6 +52,7 @@ fn core_kind() -> Kind {
 
 struct Api {
     dir: tempfile::TempDir,
+    store: Arc<MemoryStore>,
     service: Arc<Service>,
     url: String,
 }
@@ -62,9 +63,10 @@ impl Api {
     }
 
     async fn start_over(store: MemoryStore) -> Self {
+        let store = Arc::new(store);
         let service = Arc::new(Service {
             registry: Arc::new(Registry::new(vec![kind(), core_kind()])),
-            store: Arc::new(store),
+            store: Arc::clone(&store) as _,
             admission: Arc::new(AdmitAll),
             version: json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0"}),
             field_validation: FieldValidation::Strict,
@@ -79,6 +81,7 @@ impl Api {
         tokio::spawn(async move { axum::serve(listener, app).await });
         Self {
             dir: tempfile::tempdir().unwrap(),
+            store,
             service,
             url,
         }
@@ -498,4 +501,30 @@ async fn a_page_of_a_moment_that_is_not_known_any_more_is_refused_and_can_go_on(
     let both = format!("{path}?resourceVersion=7&continue={}", rest_of(&first));
     let error = api.refused(&["get", "--raw", &both]).await;
     assert!(error.contains("leave out resourceVersion"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_waits_for_events_that_do_not_come_without_knowing_why() {
+    let api = Api::start().await;
+    api.apply(&[widget("a", 1)]).await;
+    let watch = ["get", "--raw", "/apis/example.org/v1/widgets?watch=true"];
+    let mut command = api.command(&watch);
+    let child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let shown = std::io::BufReader::new(child.stdout.unwrap());
+    let mut events = serde_json::Deserializer::from_reader(shown).into_iter::<Value>();
+    let mut next = || events.next().unwrap().unwrap();
+    assert_eq!(next()["type"], "ADDED");
+    let reason = "events wait for shard-3, which has no leader";
+    api.store.log().stall(Some(reason.to_owned()));
+    let last = next();
+    assert_eq!(
+        (&last["type"], &last["object"]["message"]),
+        (&json!("ERROR"), &json!(reason))
+    );
+    let error = api.refused(&watch).await;
+    assert!(error.contains(reason), "{error}");
+    assert_eq!(sizes(&api.page("").await), [("a", 1)]);
+    api.store.log().stall(None);
+    let watch = "/apis/example.org/v1/widgets?watch=true&timeoutSeconds=1";
+    assert!(api.ok(&["get", "--raw", watch]).await.contains("ADDED"));
 }

@@ -5,14 +5,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::future::OptionFuture;
-use krake_consensus::{Batch, Entry};
+use krake_consensus::{Batch, Entry, ReadError};
 use krake_kube_api::store::set_revision;
 use krake_kube_api::{Event, EventKind, LazyObject};
 use krake_model::{GroupId, Revision};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::time::Instant;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{CatalogStore, newest, object};
 use crate::catalog::{Catalog, PATIENCE};
@@ -121,6 +121,26 @@ impl CatalogStore {
         events
     }
 
+    /// A shard's stamps could not be closed for [`PATIENCE`]: the events of all others wait for it.
+    fn stall(&self, stalled: &mut bool, error: &ReadError) {
+        if !*stalled {
+            warn!(%error, "watches over all shards end: their events would wait");
+        }
+        *stalled = true;
+        let reason = format!(
+            "events of all shards come in one order, and wait for one of them: {error}; reads with resourceVersion=0 and watches of one object do not wait"
+        );
+        self.events.stall(Some(reason));
+    }
+
+    /// No shard is waited for any more.
+    fn flow(&self, stalled: &mut bool) {
+        if std::mem::take(stalled) {
+            info!("watches over all shards are served again");
+            self.events.stall(None);
+        }
+    }
+
     /// Everything of all shards up to `revision` was taken.
     fn publish(&self, revision: u64) {
         let turn = self.merge.lock().close(revision);
@@ -158,7 +178,7 @@ pub(super) async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Arc<
     };
     // What is read locally before anybody watches has a revision to go on from, too.
     let mut closing = Some(Box::pin(close(first)));
-    let (mut next, mut failing) = (Instant::now(), false);
+    let (mut next, mut stalled) = (Instant::now(), false);
     loop {
         let idle = closing.is_none();
         let pause = idle && next > Instant::now();
@@ -174,11 +194,10 @@ pub(super) async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Arc<
                         store.take_all(&mut batches);
                         store.closed.fetch_max(at, Ordering::Relaxed);
                         store.publish(at);
-                        failing = false;
+                        store.flow(&mut stalled);
                     }
-                    Err(error) if !failing && store.events.is_watched() => {
-                        warn!(%error, "watches over all shards wait");
-                        failing = true;
+                    Err(error) if stalled || store.events.is_watched() => {
+                        store.stall(&mut stalled, &error);
                     }
                     Err(error) => debug!(%error, "stamps could not be closed"),
                 }
@@ -196,8 +215,13 @@ pub(super) async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Arc<
             Some(Err(RecvError::Closed)) => return,
             None => {}
         }
-        if closing.is_none() && next <= Instant::now() && store.events.is_watched() {
+        // Whoever watched was sent away: it is tried on until others can come.
+        let wanted = stalled || store.events.is_watched();
+        if closing.is_none() && next <= Instant::now() && wanted {
             let wanted = store.merge.lock().wanted();
+            if wanted.is_none() {
+                store.flow(&mut stalled);
+            }
             closing = wanted.map(|at| Box::pin(close(at)));
             next = Instant::now() + CLOSE_INTERVAL;
         }

@@ -299,6 +299,12 @@ impl Watch {
                 let code = u16::try_from(code).unwrap_or(500);
                 let address = &self.client.server(index).address;
                 let refusal = Refusal::parse(code, object.to_string().as_bytes(), address, None);
+                if matches!(code, 429 | 503) {
+                    self.client.log(LogLevel::Notice, || {
+                        format!("the watch ended: {refusal}; trying again")
+                    });
+                    return Ok(());
+                }
                 return Err(ClientError::Refused(Box::new(refusal)));
             }
         };

@@ -31,6 +31,7 @@ impl Service {
         let from = query.get("resourceVersion");
         let send_initial = query.flag("sendInitialEvents");
         let scope = target.scope(&fields);
+        self.store.events(&target.kind, scope).check_flow()?;
         let mut initial = Vec::new();
         let position;
         let revision;
@@ -108,9 +109,7 @@ impl Watch {
             match self.events().read(position, 256) {
                 Read::Gone => {
                     let error = ApiError::gone("the watch fell too far behind: list again");
-                    let line = json!({"type": "ERROR", "object": error.to_status()});
-                    let _ = self.sender.send(Ok(format!("{line}\n"))).await;
-                    return;
+                    return self.end(&error).await;
                 }
                 Read::Events(events, next) => {
                     let more = !events.is_empty();
@@ -126,6 +125,9 @@ impl Watch {
                     }
                 }
             }
+            if let Err(error) = self.events().check_flow() {
+                return self.end(&error).await;
+            }
             tokio::select! {
                 changed = newest.changed() => if changed.is_err() { return },
                 _ = bookmark.tick(), if self.bookmarks => {
@@ -136,6 +138,11 @@ impl Watch {
                 () = self.sender.closed() => return,
             }
         }
+    }
+
+    async fn end(&self, error: &ApiError) {
+        let line = json!({"type": "ERROR", "object": error.to_status()});
+        let _ = self.sender.send(Ok(format!("{line}\n"))).await;
     }
 
     fn events(&self) -> &EventLog {

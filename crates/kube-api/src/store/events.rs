@@ -52,6 +52,8 @@ struct Log {
     floor: u64,
     /// A reset: everything before is invalid.
     resets: u64,
+    /// Why no events come.
+    stalled: Option<String>,
 }
 
 /// Reading on from a position.
@@ -153,6 +155,28 @@ impl EventLog {
         match self.read(self.position_after(revision)?, usize::MAX) {
             Read::Events(events, _) => Ok(events),
             Read::Gone => Err(ApiError::gone("the log was begun anew: list again")),
+        }
+    }
+
+    /// Says why no events come, so that nobody waits for them without knowing; `None`: they come.
+    pub fn stall(&self, reason: Option<String>) {
+        self.inner.lock().stalled = reason;
+        // Who waits looks.
+        self.newest.send_modify(|_| {});
+    }
+
+    /// What a watch is to be refused with as long as no events come.
+    ///
+    /// # Errors
+    /// 503 with the reason.
+    pub fn check_flow(&self) -> Result<(), ApiError> {
+        match &self.inner.lock().stalled {
+            None => Ok(()),
+            Some(reason) => Err(ApiError {
+                // It has lasted already, and kubectl would repeat the request ten times.
+                retry_after: None,
+                ..ApiError::unavailable(reason)
+            }),
         }
     }
 

@@ -509,8 +509,8 @@ async fn nobody_waits_for_events_that_do_not_come_without_knowing_why() {
     api.apply(&[widget("a", 1)]).await;
     let watch = ["get", "--raw", "/apis/example.org/v1/widgets?watch=true"];
     let mut command = api.command(&watch);
-    let child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let shown = std::io::BufReader::new(child.stdout.unwrap());
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let shown = std::io::BufReader::new(child.stdout.take().unwrap());
     let mut events = serde_json::Deserializer::from_reader(shown).into_iter::<Value>();
     let mut next = || events.next().unwrap().unwrap();
     assert_eq!(next()["type"], "ADDED");
@@ -521,6 +521,7 @@ async fn nobody_waits_for_events_that_do_not_come_without_knowing_why() {
         (&last["type"], &last["object"]["message"]),
         (&json!("ERROR"), &json!(reason))
     );
+    child.wait().unwrap();
     let error = api.refused(&watch).await;
     assert!(error.contains(reason), "{error}");
     assert_eq!(sizes(&api.page("").await), [("a", 1)]);

@@ -154,6 +154,11 @@ impl CatalogStore {
 
     /// Whether everything of the groups up to `revision` is here for certain.
     fn has(&self, groups: &[GroupId], revision: u64) -> bool {
+        let closed = if groups.contains(&GroupId::META) {
+            0 // Only shards are closed.
+        } else {
+            self.closed.load(Ordering::Relaxed)
+        };
         let own = match groups {
             // Its own revisions come in order.
             [group] if Revision::from_number(revision).group_number() == group.number() => {
@@ -161,7 +166,7 @@ impl CatalogStore {
             }
             _ => 0,
         };
-        own.max(self.closed.load(Ordering::Relaxed)) >= revision
+        own.max(closed) >= revision
     }
 
     async fn freshen(&self, groups: &[GroupId], freshness: Freshness) -> Result<(), ApiError> {
@@ -185,16 +190,22 @@ impl CatalogStore {
             return Ok(());
         }
         let host = &self.catalog.host;
+        let deadline = Instant::now() + PATIENCE;
+        let left = || deadline.saturating_duration_since(Instant::now());
         let newest = || newest(&self.catalog, &Catalog::all_groups(self.catalog.shards));
         if newest() < at.number() {
-            let read = host.read_barrier(groups, PATIENCE).await;
+            let read = host.read_barrier(groups, left()).await;
             read.map_err(|error| read_error(&error))?;
         }
         if newest() < at.number() {
             return Err(ApiError::too_new(at.number(), newest()));
         }
-        let closed = host.close(groups, at, PATIENCE).await;
-        closed.map_err(|error| read_error(&error))
+        let closed = host.close(groups, at, left()).await;
+        closed.map_err(|error| read_error(&error))?;
+        if groups == self.catalog.shard_groups() {
+            self.closed.fetch_max(at.number(), Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// What was found, in order and as it is shown.

@@ -173,7 +173,11 @@ async fn page(nodes: Arc<Nodes>, over: Arc<AtomicBool>) -> Vec<Paged> {
                 (begun, rest) = (None, String::new());
                 continue;
             }
-            _ => continue,
+            _ => {
+                // Others need the processor meanwhile.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                continue;
+            }
         };
         let revision_of_list = revision(&body);
         let list = begun.get_or_insert_with(|| Paged {
@@ -199,7 +203,7 @@ async fn page(nodes: Arc<Nodes>, over: Arc<AtomicBool>) -> Vec<Paged> {
 
 /// Each list has every object once, in order, as its last write up to the list's revision left it.
 fn check_pages(lists: &[Paged], committed: &[(usize, u64)]) {
-    assert!(lists.len() > 20, "only {} lists", lists.len());
+    assert!(lists.len() > 10, "only {} lists", lists.len());
     let mut names: Vec<String> = (0..NAMES).map(|name| format!("app-{name}")).collect();
     names.sort();
     for Paged { revision, objects } in lists {
@@ -340,7 +344,7 @@ fn victims(status: &Value, sites: &[String]) -> Option<(Vec<String>, Vec<String>
     let lost = |group: &Value, victims: &[&String]| {
         let voters = group["voters"].as_array().unwrap().iter();
         let left = voters.filter(|voter| victims.iter().all(|one| *voter != one.as_str()));
-        left.count() < 3
+        2 * left.count() <= group["voters"].as_array().unwrap().len()
     };
     for (first, a) in sites.iter().enumerate() {
         for (second, b) in sites.iter().enumerate().skip(first + 1) {
@@ -363,7 +367,19 @@ fn victims(status: &Value, sites: &[String]) -> Option<(Vec<String>, Vec<String>
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_over_all_shards_says_for_which_one_it_would_wait() {
-    let net = Testnet::up(&["--sites", "7"]);
+    // Where the first five come up long before the others, all groups may have the same voters.
+    let (net, victims, lost) = (0..3)
+        .find_map(|_| {
+            let net = Testnet::up(&["--sites", "7"]);
+            let others = net.sites()[1..].iter().map(|site| site.name.clone());
+            let status = net.sites()[0]
+                .kubectl(&["get", "--raw", "/v1/consensus"])
+                .stdout;
+            let status: Value = serde_json::from_slice(&status).unwrap();
+            let (victims, lost) = victims(&status, &others.collect::<Vec<String>>())?;
+            Some((net, victims, lost))
+        })
+        .expect("groups with different voters");
     for name in 0..NAMES {
         wait_for("the app is accepted", SOON, || {
             let applied = net.sites()[0].apply(&app(&format!("app-{name}")));
@@ -374,14 +390,6 @@ async fn a_watch_over_all_shards_says_for_which_one_it_would_wait() {
         http: reqwest::Client::new(),
         nodes: vec![(net.sites()[0].api.clone(), net.sites()[0].token())],
     };
-    let others: Vec<String> = net.sites()[1..]
-        .iter()
-        .map(|site| site.name.clone())
-        .collect();
-    let status = nodes
-        .ask(0, |api| nodes.http.get(format!("{api}/v1/consensus")))
-        .await;
-    let (victims, lost) = victims(&status.unwrap(), &others).expect("such sites");
     let (api, token) = &nodes.nodes[0];
     let url = format!("{api}{APPS}?watch=true&resourceVersion=0");
     let open = async || {

@@ -68,7 +68,7 @@ pub struct Batch {
     pub revision: Revision,
     /// A snapshot replaced the whole map: read it anew. `changes` is empty then.
     pub reset: bool,
-    /// What changed, all by one command.
+    /// What changed, all by one command; nothing, when it only checked.
     pub changes: Arc<[Change]>,
 }
 

@@ -17,6 +17,10 @@ use crate::machine::{Change, Entry};
 
 /// Bytes of changes that are kept of each group, however little is in it.
 const KEPT_BYTES_MIN: usize = 1024 * 1024;
+/// Commands whose changes are kept of each group at most.
+const KEPT_COMMANDS_MAX: usize = 16 * 1024;
+/// A reader takes so many commands at once from what is kept.
+const TAKEN_MAX: usize = 256;
 /// For each byte of a group's data so many of its changes: everything may be written anew once, with
 /// what was there before, while a watch is away or a list is read in pages.
 const KEPT_FACTOR: usize = 2;
@@ -61,8 +65,10 @@ impl Changes {
 
 #[derive(Debug, Default)]
 struct Kept {
-    /// Everything above is there.
+    /// Everything above is there,
     floor: Revision,
+    /// up to this one.
+    newest: Revision,
     changes: VecDeque<Changes>,
     bytes: usize,
 }
@@ -76,6 +82,7 @@ impl History {
     pub(crate) fn begin(&self, group: GroupId, floor: Revision) {
         let kept = Kept {
             floor,
+            newest: floor,
             ..Kept::default()
         };
         self.0.write().insert(group, kept);
@@ -88,11 +95,15 @@ impl History {
         }
         let mut groups = self.0.write();
         let kept = groups.entry(batch.group).or_default();
+        kept.newest = batch.revision;
+        if batch.changes.is_empty() {
+            return;
+        }
         let changes = Changes::of(batch);
         kept.bytes += changes.bytes();
         kept.changes.push_back(changes);
         let room = (held as usize).saturating_mul(KEPT_FACTOR);
-        while kept.bytes > room.max(KEPT_BYTES_MIN) {
+        while kept.bytes > room.max(KEPT_BYTES_MIN) || kept.changes.len() > KEPT_COMMANDS_MAX {
             let Some(oldest) = kept.changes.pop_front() else {
                 break;
             };
@@ -111,10 +122,11 @@ impl History {
         prefix: &str,
         entries: &mut BTreeMap<String, Entry>,
     ) -> Result<bool, Compacted> {
-        let later = self.after(group, at)?;
-        if later.back().is_none_or(|last| last.revision < newest) {
+        let noted = self.0.read().get(&group).map(|kept| kept.newest);
+        if noted.is_none_or(|noted| noted < newest) {
             return Ok(false);
         }
+        let later = self.after(group, at, usize::MAX)?;
         let later = later.iter().filter(|changes| changes.revision <= newest);
         for change in later.rev().flat_map(|changes| changes.changes.iter().rev()) {
             if !change.key.starts_with(prefix) {
@@ -128,7 +140,13 @@ impl History {
         Ok(true)
     }
 
-    fn after(&self, group: GroupId, after: Revision) -> Result<VecDeque<Changes>, Compacted> {
+    /// Up to so many commands' changes.
+    fn after(
+        &self,
+        group: GroupId,
+        after: Revision,
+        count: usize,
+    ) -> Result<VecDeque<Changes>, Compacted> {
         let groups = self.0.read();
         let Some(kept) = groups.get(&group) else {
             return Ok(VecDeque::new());
@@ -138,7 +156,8 @@ impl History {
             return Err(Compacted { after, oldest });
         }
         let first = kept.changes.partition_point(|old| old.revision <= after);
-        Ok(kept.changes.iter().skip(first).cloned().collect())
+        let later = kept.changes.range(first..).take(count);
+        Ok(later.cloned().collect())
     }
 }
 
@@ -150,6 +169,8 @@ pub struct Following {
     batches: broadcast::Sender<Arc<[Batch]>>,
     live: broadcast::Receiver<Arc<[Batch]>>,
     waiting: VecDeque<Changes>,
+    /// There may be more in what is kept, before what is live.
+    behind: bool,
     last: Revision,
 }
 
@@ -162,13 +183,15 @@ impl Following {
     ) -> Result<Self, Compacted> {
         // In this order: what happens in between is in both.
         let live = batches.subscribe();
-        let waiting = history.after(group, after)?;
+        let waiting = history.after(group, after, TAKEN_MAX)?;
+        let behind = waiting.len() == TAKEN_MAX;
         Ok(Self {
             group,
             history,
             batches,
             live,
             waiting,
+            behind,
             last: after,
         })
     }
@@ -180,7 +203,12 @@ impl Following {
 
     fn begin_anew(&mut self) -> Result<(), Compacted> {
         self.live = self.batches.subscribe();
-        self.waiting = self.history.after(self.group, self.last)?;
+        self.take_kept()
+    }
+
+    fn take_kept(&mut self) -> Result<(), Compacted> {
+        self.waiting = self.history.after(self.group, self.last, TAKEN_MAX)?;
+        self.behind = self.waiting.len() == TAKEN_MAX;
         Ok(())
     }
 
@@ -196,13 +224,18 @@ impl Following {
                     return Ok(Some(changes));
                 }
             }
+            if self.behind {
+                self.take_kept()?;
+                continue;
+            }
             match self.live.recv().await {
                 Ok(round) => {
                     let own = || round.iter().filter(|batch| batch.group == self.group);
                     if own().any(|batch| batch.reset) {
                         self.begin_anew()?;
                     } else {
-                        self.waiting.extend(own().map(Changes::of));
+                        let own = own().filter(|batch| !batch.changes.is_empty());
+                        self.waiting.extend(own.map(Changes::of));
                     }
                 }
                 Err(RecvError::Lagged(_)) => self.begin_anew()?,
@@ -310,6 +343,47 @@ mod tests {
         }
         assert_eq!(told(&mut ahead, 2).await, revisions(33..=34));
         assert_eq!(told(&mut following, 4).await, revisions(31..=34));
+    }
+
+    #[tokio::test]
+    async fn a_reader_far_behind_is_brought_up_in_steps() {
+        let count = 3 * TAKEN_MAX as i64 + 7;
+        let world = World::new(4);
+        for number in 1..=count {
+            world.apply(batch(number, 10));
+        }
+        let mut following = world.follow(0).unwrap();
+        assert_eq!(told(&mut following, 10).await, revisions(1..=10));
+        assert!(following.waiting.len() < TAKEN_MAX);
+        for number in count + 1..=count + 10 {
+            world.apply(batch(number, 10));
+        }
+        let rest = told(&mut following, count as usize).await;
+        assert_eq!(rest, revisions(11..=count + 10));
+    }
+
+    #[tokio::test]
+    async fn a_command_that_changes_nothing_is_not_told_but_nobody_waits_for_it() {
+        let world = World::new(4);
+        world.apply(batch(1, 10));
+        world.apply(Batch {
+            changes: Arc::new([]),
+            ..batch(2, 0)
+        });
+        let mut entries = BTreeMap::new();
+        let undone = |entries| {
+            world
+                .history
+                .undo(GROUP, revision(0), revision(2), "", entries)
+        };
+        assert_eq!(undone(&mut entries), Ok(true));
+        let early = world
+            .history
+            .undo(GROUP, revision(0), revision(3), "", &mut entries);
+        assert_eq!(early, Ok(false));
+        let mut following = world.follow(0).unwrap();
+        world.apply(batch(3, 10));
+        assert_eq!(told(&mut following, 2).await, [revision(1), revision(3)]);
     }
 
     #[tokio::test]

@@ -13,15 +13,15 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header
 use serde_json::{Value, json};
 
 use self::body::{delete_options, media_type, parse_body, parse_patch};
-use self::list::list_object;
-use self::query::{Query, include, selectors};
+use self::list::{Chosen, list_object};
+use self::query::{Query, include};
 use crate::discovery;
 use crate::error::{ApiError, Cause};
 use crate::kinds::{Kind, Registry};
 use crate::managed::Writer;
 use crate::openapi_v2;
 use crate::selector::FieldSelector;
-use crate::store::{Freshness, Scope, Staleness, Store};
+use crate::store::{Freshness, Scope, Staleness, Store, names};
 use crate::strategic;
 use crate::table;
 use crate::write::{self, Change};
@@ -400,28 +400,24 @@ impl Service {
         query: &Query,
         options: &Value,
     ) -> Result<Response<Body>, ApiError> {
-        let (labels, fields) = selectors(query)?;
-        let listing = self
-            .store
-            .list(&target.kind, target.scope(&fields), Freshness::Latest)
-            .await?;
-        let mut items = Vec::new();
-        for object in listing.objects() {
-            if !labels.matches(object) || !fields.matches(object) {
-                continue;
-            }
-            let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
+        // As they were, like in Kubernetes: a client counts them.
+        let Chosen {
+            objects, metadata, ..
+        } = self.choose(target, query).await?;
+        for object in &objects {
+            let (namespace, name) = names(object);
             let one = Target {
-                namespace: text("/metadata/namespace").map(ToOwned::to_owned),
-                name: text("/metadata/name").map(ToOwned::to_owned),
+                namespace: Some(namespace).filter(|namespace| !namespace.is_empty()),
+                name: Some(name),
                 ..target.clone()
             };
-            write::delete(self, &one, options).await?;
-            // As they were, like in Kubernetes: a client counts them.
-            items.push(typed(&target.kind, object));
+            match write::delete(self, &one, options).await {
+                // Somebody else was faster.
+                Err(error) if error.code == 404 => {}
+                deleted => drop(deleted?),
+            }
         }
-        let metadata = json!({"resourceVersion": listing.revision.to_string()});
-        Ok(respond(200, &list_object(&target.kind, items, metadata)))
+        Ok(respond(200, &list_object(&target.kind, objects, metadata)))
     }
 
     /// One object, as itself or as a table.

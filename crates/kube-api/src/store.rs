@@ -184,6 +184,19 @@ pub trait Store: Send + Sync + 'static {
     fn events(&self, kind: &Kind, scope: Scope<'_>) -> &EventLog;
 }
 
+/// Namespace (empty: the kind has none) and name of an object.
+pub(crate) fn names(object: &Value) -> (String, String) {
+    let text = |key: &str| {
+        object
+            .get("metadata")
+            .and_then(|metadata| metadata.get(key))
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    (text("namespace"), text("name"))
+}
+
 /// The revision an object carries.
 pub fn revision_of(object: &Value) -> u64 {
     object

@@ -507,7 +507,8 @@ async fn a_page_of_a_moment_that_is_not_known_any_more_is_refused_and_can_go_on(
 async fn nobody_waits_for_events_that_do_not_come_without_knowing_why() {
     let api = Api::start().await;
     api.apply(&[widget("a", 1)]).await;
-    let watch = ["get", "--raw", "/apis/example.org/v1/widgets?watch=true"];
+    let path = "/apis/example.org/v1/widgets?watch=true";
+    let watch = ["get", "--request-timeout=60s", "--raw", path];
     let mut command = api.command(&watch);
     let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let shown = std::io::BufReader::new(child.stdout.take().unwrap());

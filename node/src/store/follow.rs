@@ -127,9 +127,12 @@ impl CatalogStore {
             warn!(%error, "watches over all shards end: their events would wait");
         }
         *stalled = true;
-        let reason = format!(
-            "events of all shards come in one order, and wait for one of them: {error}; reads with resourceVersion=0 and watches of one object do not wait"
-        );
+        let reason = match error {
+            ReadError::Timeout { .. } => format!(
+                "events of all shards come in one order, and wait for one of them: {error}; reads with resourceVersion=0 and watches of one object do not wait"
+            ),
+            _ => error.to_string(),
+        };
         self.events.stall(Some(reason));
     }
 
@@ -167,39 +170,40 @@ pub(super) async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Arc<
     let close = |at: u64| {
         let (host, shards) = (host.clone(), shards.clone());
         async move {
-            let closed = host
-                .close(&shards, Revision::from_number(at), PATIENCE)
-                .await;
-            if closed.is_err() {
-                tokio::time::sleep(CLOSE_PAUSE).await;
-            }
-            closed.map(|()| at)
+            let stamp = Revision::from_number(at);
+            (at, host.close(&shards, stamp, PATIENCE).await)
         }
     };
     // What is read locally before anybody watches has a revision to go on from, too.
     let mut closing = Some(Box::pin(close(first)));
-    let (mut next, mut stalled) = (Instant::now(), false);
+    let (mut next, mut stalled, mut failed) = (Instant::now(), false, None);
     loop {
         let idle = closing.is_none();
         let pause = idle && next > Instant::now();
         let mut received = None;
         tokio::select! {
             batch = batches.recv() => received = Some(batch),
-            Some(closed) = OptionFuture::from(closing.as_mut()), if !idle => {
+            Some((at, closed)) = OptionFuture::from(closing.as_mut()), if !idle => {
                 closing = None;
                 let Some(store) = store.upgrade() else { return };
                 match closed {
-                    Ok(at) => {
+                    Ok(()) => {
                         // Closed is what was told already; it may still be in the channel.
                         store.take_all(&mut batches);
                         store.closed.fetch_max(at, Ordering::Relaxed);
                         store.publish(at);
                         store.flow(&mut stalled);
+                        failed = None;
                     }
-                    Err(error) if stalled || store.events.is_watched() => {
-                        store.stall(&mut stalled, &error);
+                    Err(error) => {
+                        if stalled || store.events.is_watched() {
+                            store.stall(&mut stalled, &error);
+                        } else {
+                            debug!(%error, "stamps could not be closed");
+                        }
+                        failed = failed.max(Some(at));
+                        next = Instant::now() + CLOSE_PAUSE;
                     }
-                    Err(error) => debug!(%error, "stamps could not be closed"),
                 }
             }
             () = wanted.notified() => {}
@@ -218,11 +222,8 @@ pub(super) async fn follow(store: Weak<CatalogStore>, mut batches: Receiver<Arc<
         // Whoever watched was sent away: it is tried on until others can come.
         let wanted = stalled || store.events.is_watched();
         if closing.is_none() && next <= Instant::now() && wanted {
-            let wanted = store.merge.lock().wanted();
-            if wanted.is_none() {
-                store.flow(&mut stalled);
-            }
-            closing = wanted.map(|at| Box::pin(close(at)));
+            let target = store.merge.lock().wanted().max(failed);
+            closing = target.map(|at| Box::pin(close(at)));
             next = Instant::now() + CLOSE_INTERVAL;
         }
     }

@@ -713,6 +713,10 @@ impl Generator<'_> {
             let selector = self.dice.pick(&["app=web", "!app", "a b"]);
             request.query.push(("labelSelector", selector.to_owned()));
         }
+        if self.dice.chance(20) {
+            let limit = self.dice.pick(&["1", "2", "x"]);
+            request.query.push(("limit", limit.to_owned()));
+        }
         request
     }
 

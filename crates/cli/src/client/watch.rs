@@ -303,6 +303,7 @@ impl Watch {
                     self.client.log(LogLevel::Notice, || {
                         format!("the watch ended: {refusal}; trying again")
                     });
+                    self.client.leave(index);
                     return Ok(());
                 }
                 return Err(ClientError::Refused(Box::new(refusal)));

@@ -223,12 +223,14 @@ impl Group {
             }
         };
         let request = decoded.command.request;
-        let (answer, changes, revision) = {
+        let (answer, changes, before, revision) = {
             let mut machine = self.machine.write();
+            let before = machine.last_stamp;
             let (answer, changes) = machine.apply(entry.term, entry.index, decoded);
-            (answer, changes, machine.last_stamp)
+            (answer, changes, before, machine.last_stamp)
         };
-        if !changes.is_empty() {
+        // Also when it only checked: who reads up to this revision waits for it.
+        if revision > before {
             batches.push_back(Batch {
                 group: self.id,
                 revision,

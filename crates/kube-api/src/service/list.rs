@@ -14,7 +14,7 @@ use super::query::{Query, include, not_supported, refuse_options, selectors};
 use super::{Service, Target, respond, typed, wants_table, with_staleness};
 use crate::error::{ApiError, Cause};
 use crate::kinds::Kind;
-use crate::store::{Freshness, Listing};
+use crate::store::{Freshness, Listing, Staleness, names};
 use crate::table;
 
 /// What `continue` says.
@@ -120,21 +120,17 @@ fn check_match(
     refuse_options("ListOptions", causes)
 }
 
-fn name_of(object: &Value) -> (String, String) {
-    let text = |key: &str| {
-        let found = object["metadata"][key].as_str();
-        found.unwrap_or_default().to_owned()
-    };
-    (text("namespace"), text("name"))
+/// What a list selects.
+pub(super) struct Chosen {
+    pub(super) objects: Vec<Value>,
+    /// Of the list: its revision, and where it goes on.
+    pub(super) metadata: Value,
+    staleness: Option<Staleness>,
 }
 
 impl Service {
-    pub(super) async fn list(
-        &self,
-        headers: &HeaderMap,
-        target: &Target,
-        query: &Query,
-    ) -> Result<Response<Body>, ApiError> {
+    /// The objects that a query selects, or a page of them.
+    pub(super) async fn choose(&self, target: &Target, query: &Query) -> Result<Chosen, ApiError> {
         let (labels, fields) = selectors(query)?;
         let Part { when, limit, token } = Part::of(query)?;
         let mut scope = target.scope(&fields);
@@ -152,17 +148,17 @@ impl Service {
             Some(after) if error.code == 410 => ended(error, after.clone()),
             _ => error,
         })?;
-        let (mut rest, mut chosen, mut last) = (items.into_iter(), Vec::new(), None);
-        while limit.is_none_or(|limit| chosen.len() < limit) {
+        let (mut rest, mut objects, mut last) = (items.into_iter(), Vec::new(), None);
+        while limit.is_none_or(|limit| objects.len() < limit) {
             let Some(item) = rest.next() else { break };
             let object = item.value();
             if object.is_null() {
                 continue;
             }
             if labels.matches(object) && fields.matches(object) {
-                chosen.push(typed(kind, object));
+                objects.push(typed(kind, object));
             }
-            last = limit.map(|_| name_of(object));
+            last = limit.map(|_| names(object));
         }
         let mut metadata = json!({"resourceVersion": revision.to_string()});
         if let (Some(after), left @ 1..) = (last, rest.len()) {
@@ -173,11 +169,30 @@ impl Service {
                 metadata["remainingItemCount"] = left.into();
             }
         }
+        Ok(Chosen {
+            objects,
+            metadata,
+            staleness,
+        })
+    }
+
+    pub(super) async fn list(
+        &self,
+        headers: &HeaderMap,
+        target: &Target,
+        query: &Query,
+    ) -> Result<Response<Body>, ApiError> {
+        let kind = &target.kind;
+        let Chosen {
+            objects,
+            metadata,
+            staleness,
+        } = self.choose(target, query).await?;
         let body = if wants_table(headers) {
             let now = jiff::Timestamp::now();
-            table::table(kind, &chosen, metadata, include(query)?, true, now)
+            table::table(kind, &objects, metadata, include(query)?, true, now)
         } else {
-            list_object(kind, chosen, metadata)
+            list_object(kind, objects, metadata)
         };
         Ok(with_staleness(respond(200, &body), staleness))
     }

@@ -50,8 +50,6 @@ struct Log {
     events: VecDeque<Event>,
     /// Resuming from a revision below this may miss something.
     floor: u64,
-    /// A reset: everything before is invalid.
-    resets: u64,
     /// Why no events come.
     stalled: Option<String>,
 }
@@ -103,7 +101,6 @@ impl EventLog {
             log.first += log.events.len() as u64 + 1;
             log.events.clear();
             log.floor = log.floor.max(floor);
-            log.resets += 1;
             log.first
         };
         self.newest.send_replace(end);

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 
 use super::{
-    Event, EventKind, EventLog, Freshness, LazyObject, Listing, Scope, Store, modified,
+    Event, EventKind, EventLog, Freshness, LazyObject, Listing, Scope, Store, modified, names,
     revision_of, set_revision,
 };
 use crate::error::ApiError;
@@ -80,18 +80,6 @@ impl Default for MemoryStore {
     fn default() -> Self {
         Self::new(None, 0, Vec::new())
     }
-}
-
-fn names(object: &Value) -> (String, String) {
-    let text = |key: &str| {
-        object
-            .get("metadata")
-            .and_then(|metadata| metadata.get(key))
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned()
-    };
-    (text("namespace"), text("name"))
 }
 
 impl MemoryStore {

@@ -132,7 +132,7 @@ impl Command {
                     key.len()
                 )));
             }
-            if !keys.insert(key) {
+            if self.operations.len() > 1 && !keys.insert(key) {
                 return Err(ProposeError::Invalid(format!(
                     "key `{key}` appears twice in one command"
                 )));

@@ -96,6 +96,15 @@ pub struct GroupStatus {
     pub learners: BTreeSet<u64>,
 }
 
+/// Where a command was proposed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Origin {
+    /// The replica of that node.
+    pub(crate) replica: u64,
+    /// Somebody outside submitted it there.
+    pub(crate) submitted: bool,
+}
+
 /// What one round asks the host to do, in this order: send `first`, write `writes`, then call
 /// [`Core::complete`].
 #[derive(Debug, Default)]
@@ -127,12 +136,21 @@ pub(crate) struct Core {
     reluctant: bool,
     /// What goes out with the next frames.
     sleeping: BTreeMap<u64, Vec<Sleep>>,
-    /// Replicas that look for the leader of a group that is led here, or are told what is
-    /// committed: they are not spared a heartbeat.
+    /// Replicas that look for the leader of a group that is led here: they are not spared a
+    /// heartbeat.
     asked_for: BTreeSet<(u64, GroupId)>,
     /// Answers to heartbeats that wait for a frame to the same replica, at most until this node's
     /// own heartbeats: an idle pair of nodes then exchanges two frames an interval, not four.
     answers: BTreeMap<u64, BTreeMap<GroupId, Message>>,
+    /// Who is to be told of which groups what is committed. It goes with the next frame to that
+    /// replica, or when the host thinks that it has waited long enough.
+    untold: BTreeMap<u64, BTreeSet<GroupId>>,
+    /// Of these, who is to be told at once.
+    hasty: BTreeSet<u64>,
+    /// All of them are.
+    tell_due: bool,
+    /// What the last round let go, until somebody asks for it or the next one has something, too.
+    held: Vec<(GroupId, Message)>,
     /// Large snapshots on their way.
     snapshots: Snapshots,
     pulse_due: bool,
@@ -178,6 +196,10 @@ impl Core {
             sleeping: BTreeMap::new(),
             asked_for: BTreeSet::new(),
             answers: BTreeMap::new(),
+            untold: BTreeMap::new(),
+            hasty: BTreeSet::new(),
+            tell_due: false,
+            held: Vec::new(),
             snapshots,
             pulse_due: false,
             followers_due: false,
@@ -431,13 +453,12 @@ impl Core {
         Some(group)
     }
 
-    /// Proposes a command in a group that is led here; `origin`: where it was submitted, if somebody
-    /// outside did.
+    /// Proposes a command in a group that is led here.
     pub(crate) fn propose(
         &mut self,
         id: GroupId,
         command: Command,
-        origin: Option<u64>,
+        origin: Origin,
         reply: oneshot::Sender<Outcome>,
         now: Timestamp,
     ) {
@@ -446,9 +467,9 @@ impl Core {
             let _ = reply.send(Outcome::NotLeader(None));
             return;
         };
-        if let Some(stamp) = group.propose(command, reply, now, clock) {
-            if let Some(origin) = origin {
-                group.submissions.note(origin);
+        if let Some(stamp) = group.propose(command, origin.replica, reply, now, clock) {
+            if origin.submitted {
+                group.submissions.note(origin.replica);
             }
             self.clock = self.clock.max(stamp);
         }
@@ -458,6 +479,7 @@ impl Core {
     /// answer is dropped.
     pub(crate) fn close(&mut self, id: GroupId, at: Revision, reply: oneshot::Sender<u64>) {
         self.clock = self.clock.max(at);
+        self.tell();
         if let Some(group) = self.group_mut(id) {
             group.close(reply);
         }
@@ -483,9 +505,9 @@ impl Core {
     }
 
     /// Takes the first half of a round from all groups with something to do.
-    pub(crate) fn collect(&mut self) -> Round {
+    pub(crate) fn collect(&mut self, batches: &mut VecDeque<Batch>) -> Round {
         let mut round = Round::default();
-        let mut messages = Vec::new();
+        let mut messages = std::mem::take(&mut self.held);
         let mut broken = Vec::new();
         self.working = std::mem::take(&mut self.active).into_iter().collect();
         for id in &self.working {
@@ -500,7 +522,7 @@ impl Core {
                     return None;
                 }
                 let mut out = Vec::new();
-                let write = group.collect(&self.settings, &mut self.counter, &mut out);
+                let write = group.collect(&self.settings, &mut self.counter, &mut out, batches);
                 Some((write, out))
             }));
             match result {
@@ -517,28 +539,55 @@ impl Core {
         round
     }
 
-    /// The second half, after the writes are durable.
-    pub(crate) fn complete(&mut self, batches: &mut VecDeque<Batch>) -> Vec<(NodeId, Frame)> {
-        let mut messages = Vec::new();
+    /// The second half, after the writes are durable. What it has to say is in the frames of
+    /// [`Self::flush`], or of the next [`Self::collect`].
+    pub(crate) fn complete(&mut self, batches: &mut VecDeque<Batch>) {
+        let mut messages = std::mem::take(&mut self.held);
         let working = std::mem::take(&mut self.working);
         self.touched.extend(&working);
         self.answering.clone_from(&working);
         let (mut active, mut changed) = (Vec::new(), false);
-        let mut telling = Vec::new();
+        let mut untold = Vec::new();
         self.each(Some(working), |group, settings| {
             let mut out = Vec::new();
             let configuration = group.configuration_number;
             group.complete(settings, &mut out, batches);
             messages.extend(out.into_iter().map(|message| (group.id, message)));
             changed |= group.configuration_number != configuration;
-            telling.extend(group.telling.drain(..).map(|id| (id, group.id)));
+            untold.extend(group.untold.drain(..).map(|whom| (whom, group.id)));
             if group.dirty || group.reconcile {
                 active.push(group.id);
             }
         });
         self.active.extend(active);
-        self.asked_for.extend(telling);
+        for ((to, hasty), group) in untold {
+            self.untold.entry(to).or_default().insert(group);
+            if hasty {
+                self.hasty.insert(to);
+            }
+        }
         self.peers_stale |= changed;
+        self.held = messages;
+    }
+
+    /// Whether somebody is to be told what is committed, see [`Self::tell`].
+    pub(crate) fn has_untold(&self) -> bool {
+        !self.untold.is_empty()
+    }
+
+    /// Whoever does not know yet what is committed is told with the next frames.
+    pub(crate) const fn tell(&mut self) {
+        self.tell_due = true;
+    }
+
+    /// Whether something was let go and not sent yet.
+    pub(crate) const fn holds(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// What was not sent yet.
+    pub(crate) fn flush(&mut self) -> Vec<(NodeId, Frame)> {
+        let messages = std::mem::take(&mut self.held);
         self.frames(messages)
     }
 

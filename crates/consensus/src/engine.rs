@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use krake_model::ids::{GroupId, NodeId};
@@ -14,11 +14,12 @@ use tokio::sync::{broadcast, oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::command::Command;
-use crate::core::{Batch, GroupStatus, Settings};
+use crate::core::{Batch, GroupStatus, Origin, Settings};
 use crate::disk::{DiskError, Home};
 use crate::follow::History;
 use crate::group::{Group, Outcome};
 use crate::host::Transport;
+use crate::inputs::Inputs;
 use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::machine::Machine;
 use crate::replica::{Effects, Replica};
@@ -29,6 +30,9 @@ use crate::wire::Frame;
 const ROUND_INPUTS: usize = 512;
 /// How often the thread lets others go first, as long as they bring something, before a round.
 const GATHERINGS_MAX: usize = 4;
+/// How long followers wait at most to be told what is committed. What goes to them in this time
+/// anyway tells them, too: of the messages that a lonely write takes, a third are spared.
+pub(crate) const TELL_WITHIN: Duration = Duration::from_millis(1);
 /// How often a full disk is asked for room.
 const ROOM_INTERVAL: Duration = Duration::from_secs(1);
 /// A disk is slow when its writes take longer than this, on the average of the last ones (weight
@@ -42,8 +46,7 @@ const STAMPS_AHEAD: Duration = Duration::from_secs(60);
 /// What the thread is told.
 pub(crate) enum Input {
     Frame(NodeId, Frame),
-    /// With the replica of the node where it was submitted, if somebody outside did.
-    Propose(GroupId, Command, Option<u64>, oneshot::Sender<Outcome>),
+    Propose(GroupId, Command, Origin, oneshot::Sender<Outcome>),
     Read(GroupId, oneshot::Sender<()>),
     /// Close the stamps up to this one, where led here: see `Core::close`.
     Close(Revision, Vec<(GroupId, oneshot::Sender<u64>)>),
@@ -77,7 +80,6 @@ pub(crate) struct Engine {
     /// The disk is slow.
     pub(crate) slow: bool,
     pub(crate) full: watch::Sender<bool>,
-    pub(crate) inputs: Receiver<Input>,
     pub(crate) output: Output,
     pub(crate) status: watch::Sender<BTreeMap<GroupId, GroupStatus>>,
     pub(crate) clock: Box<dyn Fn() -> Timestamp + Send>,
@@ -86,6 +88,7 @@ pub(crate) struct Engine {
 
 /// Where the replicas' effects go.
 pub(crate) struct Output {
+    pub(crate) inputs: Inputs<Input>,
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) machines: Machines,
     pub(crate) batches: broadcast::Sender<Arc<[Batch]>>,
@@ -117,6 +120,10 @@ impl Output {
 }
 
 impl Effects for Output {
+    fn more(&self) -> bool {
+        !self.inputs.is_empty()
+    }
+
     fn writing(&mut self) {
         self.writing_since = Instant::now();
     }
@@ -204,7 +211,7 @@ impl Engine {
             let again = Instant::now() + ROOM_INTERVAL;
             loop {
                 let wait = again.saturating_duration_since(Instant::now());
-                match self.inputs.recv_timeout(wait) {
+                match self.output.inputs.recv_timeout(wait) {
                     Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(false),
                     Ok(Input::Members(members)) => self.members = members,
                     Ok(Input::Reluctant(reluctant)) => self.reluctant = reluctant,
@@ -293,9 +300,11 @@ impl Engine {
 
     fn serve(&mut self) -> Result<(), DiskError> {
         let mut next_tick = Instant::now() + self.tick;
+        let mut tell_at: Option<Instant> = None;
         loop {
-            let wait = next_tick.saturating_duration_since(Instant::now());
-            match self.inputs.recv_timeout(wait) {
+            let next = tell_at.map_or(next_tick, |tell_at| tell_at.min(next_tick));
+            let wait = next.saturating_duration_since(Instant::now());
+            match self.output.inputs.recv_timeout(wait) {
                 Ok(input) => {
                     if !self.take(input)? || !self.gather()? {
                         return Ok(());
@@ -311,7 +320,16 @@ impl Engine {
                 // After a pause time goes on from here: lost ticks would only start elections.
                 next_tick = (next_tick + self.tick).max(now + self.tick / 2);
             }
+            if tell_at.is_some_and(|tell_at| now >= tell_at) {
+                self.replica.tell();
+                tell_at = None;
+            }
             self.rounds()?;
+            if !self.replica.has_untold() {
+                tell_at = None;
+            } else if tell_at.is_none() {
+                tell_at = Some(Instant::now() + TELL_WITHIN);
+            }
         }
     }
 
@@ -319,12 +337,16 @@ impl Engine {
     /// first: most likely it brings more, and a round costs a sync and a message to each peer,
     /// however much is in it.
     fn gather(&mut self) -> Result<bool, DiskError> {
+        // Others wait for what the last round let go.
+        let patient = !self.replica.holds();
         let mut taken = 1;
         for _ in 0..GATHERINGS_MAX {
-            std::thread::yield_now();
+            if patient {
+                std::thread::yield_now();
+            }
             let before = taken;
             while taken < ROUND_INPUTS
-                && let Ok(input) = self.inputs.try_recv()
+                && let Ok(input) = self.output.inputs.try_recv()
             {
                 if !self.take(input)? {
                     return Ok(false);

@@ -6,7 +6,7 @@ mod reads;
 mod rounds;
 mod silence;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -49,7 +49,10 @@ pub(crate) struct Group {
     reads: Reads,
     last_stamp: Revision,
     role: (u64, StateRole),
+    /// Committed, to be applied.
     backlog: Vec<pb::Entry>,
+    /// Up to where this round applied, which the library learns at its end.
+    applied_to: Option<u64>,
     ready: Option<raft::Ready>,
     compaction: Option<Write>,
     /// The map of a snapshot that came and may be installed in this round, with its bytes.
@@ -70,8 +73,12 @@ pub(crate) struct Group {
     active_at: u64,
     /// As leader: what each other replica has been told is committed.
     told: BTreeMap<u64, u64>,
-    /// To whom [`Self::tell_commit`] spoke in this round.
-    pub(crate) telling: Vec<u64>,
+    /// Who does not know yet all that this round showed to be committed, and whether it waits for
+    /// it.
+    pub(crate) untold: Vec<(u64, bool)>,
+    /// As leader: other replicas at whose nodes something was proposed that they do not know to be
+    /// committed.
+    askers: BTreeSet<u64>,
     /// As leader: where its writes come from.
     pub(crate) submissions: Submissions,
 }
@@ -95,7 +102,7 @@ impl Group {
             check_quorum: true,
             pre_vote: true,
             batch_append: true,
-            // See `tell_commit`.
+            // See `note_untold`.
             skip_bcast_commit: true,
             max_uncommitted_size: 32 * 1024 * 1024,
             ..raft::Config::default()
@@ -113,6 +120,7 @@ impl Group {
             last_stamp,
             role,
             backlog: Vec::new(),
+            applied_to: None,
             ready: None,
             compaction: None,
             expected: None,
@@ -126,7 +134,8 @@ impl Group {
             wake: Wake::Awake,
             active_at: 0,
             told: BTreeMap::new(),
-            telling: Vec::new(),
+            untold: Vec::new(),
+            askers: BTreeSet::new(),
             submissions: Submissions::default(),
         };
         group.fix_timeout(settings);
@@ -220,6 +229,7 @@ impl Group {
         }
         self.role = role;
         self.told.clear();
+        self.askers.clear();
         self.submissions = Submissions::default();
         self.rouse();
         self.fix_timeout(settings);
@@ -279,10 +289,12 @@ impl Group {
         self.after_change(settings);
     }
 
-    /// Returns the stamp, above `clock` and not before `now`, of what was proposed.
+    /// Returns the stamp, above `clock` and not before `now`, of what was proposed at the node of
+    /// replica `asker`.
     pub(crate) fn propose(
         &mut self,
         command: Command,
+        asker: u64,
         waiter: Waiter,
         now: Timestamp,
         clock: Revision,
@@ -319,6 +331,9 @@ impl Group {
         match self.raw.propose(Vec::new(), data) {
             Ok(()) => {
                 self.last_stamp = stamp;
+                if asker != self.raw.raft.id {
+                    self.askers.insert(asker);
+                }
                 self.proposals.entry(request).or_default().push(waiter);
                 Some(stamp)
             }

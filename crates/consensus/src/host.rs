@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::TrySendError;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -21,10 +21,11 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{broadcast, oneshot, watch};
 use tracing::{debug, error};
 
-use crate::core::{Batch, GroupStatus, Settings};
+use crate::core::{Batch, GroupStatus, Origin, Settings};
 use crate::disk::{DiskError, Home, RealHome};
 use crate::engine::{Engine, Input, Machines, Output};
 use crate::follow::History;
+use crate::inputs::{self, Giver};
 use crate::inspect::{Counters, GroupDetail};
 use crate::replica::Replica;
 use crate::voters::MemberInfo;
@@ -103,7 +104,7 @@ impl Config {
 }
 
 pub(crate) struct Shared {
-    pub(crate) inputs: SyncSender<Input>,
+    pub(crate) inputs: Giver<Input>,
     pub(crate) machines: Machines,
     pub(crate) members: RwLock<BTreeMap<u64, NodeId>>,
     /// When a frame of each node came last.
@@ -179,7 +180,7 @@ impl Host {
         let counters = Arc::clone(&settings.counters);
         let (disk, groups) = home.open()?;
         let replica = Replica::new(settings.clone(), disk, groups)?;
-        let (inputs, receiver) = sync_channel(INPUTS_MAX);
+        let (inputs, receiver) = inputs::queue(INPUTS_MAX);
         let (batches, _) = broadcast::channel(WATCH_BACKLOG);
         let (status_sender, status) = watch::channel(BTreeMap::new());
         let (failure_sender, failure) = watch::channel(None);
@@ -199,8 +200,8 @@ impl Host {
             reluctant: false,
             slow: false,
             full: full_sender,
-            inputs: receiver,
             output: Output {
+                inputs: receiver,
                 transport: Arc::clone(&transport),
                 machines: Arc::clone(&machines),
                 batches: batches.clone(),
@@ -302,13 +303,16 @@ impl Host {
                 group,
                 command,
                 patience,
-            } => self.handle_propose(group, command, None, patience).await,
+            } => {
+                let origin = self.origin(from, false);
+                self.handle_propose(group, command, origin, patience).await
+            }
             Call::Submit {
                 group,
                 command,
                 patience,
             } => {
-                let origin = self.replica_of(from);
+                let origin = self.origin(from, true);
                 self.handle_propose(group, command, origin, patience).await
             }
             Call::Transfer { group, to } => match self.begin_transfer(group, to).await {
@@ -370,10 +374,14 @@ impl Host {
         reply.ok()
     }
 
-    fn replica_of(&self, node: NodeId) -> Option<u64> {
+    /// Of what another node asks; one that is not known to be a member counts as this one.
+    fn origin(&self, from: NodeId, submitted: bool) -> Origin {
         let members = self.shared.members.read();
-        let found = members.iter().find(|(_, known)| **known == node);
-        found.map(|(replica, _)| *replica)
+        let found = members.iter().find(|(_, known)| **known == from);
+        Origin {
+            replica: found.map_or(self.shared.replica, |(replica, _)| *replica),
+            submitted: submitted && found.is_some(),
+        }
     }
 
     /// The node with a replica id.

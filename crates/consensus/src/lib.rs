@@ -16,6 +16,7 @@ mod gate;
 mod group;
 mod home;
 mod host;
+mod inputs;
 mod inspect;
 mod log;
 mod machine;
@@ -25,6 +26,8 @@ mod replica;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
 mod snapshots;
+#[cfg(test)]
+mod testing;
 mod voters;
 mod wal;
 mod wire;

@@ -1,10 +1,10 @@
 //! The replicated state of one group: an ordered map, the same on every replica.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Bound;
 
 use bytes::Bytes;
-use krake_model::codec::{self, CodecError, RECORD_BYTES_MAX};
+use krake_model::codec::{self, CodecError};
 use krake_model::revision::Revision;
 use serde::{Deserialize, Serialize};
 
@@ -63,12 +63,83 @@ pub(crate) struct LogEntry {
 
 impl LogEntry {
     pub(crate) fn encode(&self) -> Result<Vec<u8>, CodecError> {
-        codec::encode(ENTRY_VERSION, self)
+        let mut bytes = codec::encode(ENTRY_VERSION, self)?;
+        // It is kept for as long as its value.
+        bytes.shrink_to_fit();
+        Ok(bytes)
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
-        codec::decode(ENTRY_VERSION, bytes, RECORD_BYTES_MAX)
+    /// What [`Self::encode`] made. A value that is most of the record stays in its memory.
+    pub(crate) fn decode(bytes: &Bytes) -> Result<Self, CodecError> {
+        let read: LogEntryIn = codec::decode_borrowed(ENTRY_VERSION, bytes)?;
+        let value = |value: &[u8]| {
+            if value.len() * 2 > bytes.len() {
+                bytes.slice_ref(value)
+            } else {
+                Bytes::copy_from_slice(value)
+            }
+        };
+        let operation = |read| match read {
+            OperationIn::Put {
+                key,
+                value: read,
+                expect,
+            } => Operation::Put {
+                key: key.to_owned(),
+                value: value(read),
+                expect,
+            },
+            OperationIn::Delete { key, expect } => Operation::Delete {
+                key: key.to_owned(),
+                expect,
+            },
+            OperationIn::Check { key, expect } => Operation::Check {
+                key: key.to_owned(),
+                expect,
+            },
+        };
+        Ok(Self {
+            stamp: read.stamp,
+            command: Command {
+                request: read.command.request,
+                operations: read.command.operations.into_iter().map(operation).collect(),
+            },
+        })
     }
+}
+
+/// [`LogEntry`] as it stands in a record.
+#[derive(Deserialize)]
+struct LogEntryIn<'a> {
+    stamp: Revision,
+    #[serde(borrow)]
+    command: CommandIn<'a>,
+}
+
+/// [`Command`] in a record.
+#[derive(Deserialize)]
+struct CommandIn<'a> {
+    request: RequestId,
+    #[serde(borrow)]
+    operations: Vec<OperationIn<'a>>,
+}
+
+/// [`Operation`] in a record.
+#[derive(Deserialize)]
+enum OperationIn<'a> {
+    Put {
+        key: &'a str,
+        value: &'a [u8],
+        expect: Expect,
+    },
+    Delete {
+        key: &'a str,
+        expect: Expect,
+    },
+    Check {
+        key: &'a str,
+        expect: Expect,
+    },
 }
 
 /// The lasting answer to one request.
@@ -89,9 +160,18 @@ pub(crate) struct Machine {
     pub(crate) last_stamp: Revision,
     bytes: u64,
     entries: BTreeMap<String, Entry>,
-    answers: BTreeMap<RequestId, Answer>,
+    #[serde(serialize_with = "in_order")]
+    answers: HashMap<RequestId, Answer>,
     order: VecDeque<RequestId>,
     incarnation: u32,
+}
+
+/// Every replica writes the same bytes.
+fn in_order<S: serde::Serializer>(
+    answers: &HashMap<RequestId, Answer>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(answers.iter().collect::<BTreeMap<_, _>>())
 }
 
 /// Version 1 of [`Entry`], before there were backups.
@@ -111,7 +191,7 @@ struct Machine1 {
     last_stamp: Revision,
     bytes: u64,
     entries: BTreeMap<String, Entry1>,
-    answers: BTreeMap<RequestId, Answer>,
+    answers: HashMap<RequestId, Answer>,
     order: VecDeque<RequestId>,
 }
 
@@ -259,9 +339,8 @@ impl Machine {
         match operation {
             Operation::Check { .. } => None,
             Operation::Put { key, value, .. } => {
-                let previous = self.entries.get(&key).cloned();
-                let entry = Entry {
-                    created: previous.as_ref().map_or(at.revision, |old| old.created),
+                let mut entry = Entry {
+                    created: at.revision,
                     modified: at.revision,
                     incarnation: self.incarnation,
                     term: at.term,
@@ -269,10 +348,14 @@ impl Machine {
                     value,
                 };
                 self.bytes += cost(&key, &entry.value);
-                if let Some(old) = &previous {
-                    self.bytes -= cost(&key, &old.value);
-                }
-                self.entries.insert(key.clone(), entry.clone());
+                let previous = if let Some(known) = self.entries.get_mut(&key) {
+                    self.bytes -= cost(&key, &known.value);
+                    entry.created = known.created;
+                    Some(std::mem::replace(known, entry.clone()))
+                } else {
+                    self.entries.insert(key.clone(), entry.clone());
+                    None
+                };
                 Some(Change {
                     key,
                     entry: Some(entry),
@@ -430,6 +513,43 @@ mod tests {
         machine.begin_again(0);
         let read = Machine::decode(&hex::decode(version_1).unwrap()).unwrap();
         assert_eq!(read, machine);
+    }
+
+    #[test]
+    fn a_log_entry_is_read_as_it_was_written_and_a_large_value_is_not_copied() {
+        let key = || "key".to_owned();
+        let (large, small) = (Bytes::from(vec![7; 1000]), Bytes::from(vec![8; 10]));
+        let operations = vec![
+            Operation::Put {
+                key: key(),
+                value: large,
+                expect: Expect::Revision(Revision::NONE),
+            },
+            Operation::Put {
+                key: key(),
+                value: small,
+                expect: Expect::Absent,
+            },
+            Operation::Delete {
+                key: key(),
+                expect: Expect::Present,
+            },
+            Operation::Check {
+                key: key(),
+                expect: Expect::Any,
+            },
+        ];
+        let written = entry(1, 1, operations);
+        let record = Bytes::from(written.encode().unwrap());
+        let read = LogEntry::decode(&record).unwrap();
+        assert_eq!(read, written);
+        let inside = |operation: &Operation| match operation {
+            Operation::Put { value, .. } => record.as_ptr_range().contains(&value.as_ptr()),
+            _ => false,
+        };
+        let inside: Vec<bool> = read.command.operations.iter().map(inside).collect();
+        assert_eq!(inside, [true, false, false, false]);
+        assert!(LogEntry::decode(&record.slice(..record.len() - 1)).is_err());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use krake_model::time::Timestamp;
 use tokio::sync::oneshot;
 
 use crate::command::Command;
-use crate::core::{Batch, Core, GroupStatus, Settings};
+use crate::core::{Batch, Core, GroupStatus, Origin, Settings};
 use crate::disk::{Disk, DiskError};
 use crate::group::{Group, Outcome};
 use crate::inspect::{Counters, GroupDetail, TransferError};
@@ -30,6 +30,10 @@ pub(crate) trait Effects {
     fn writing(&mut self) {}
     /// and is durable.
     fn written(&mut self) {}
+    /// Whether another round begins right after this one: what is to be sent may wait for it.
+    fn more(&self) -> bool {
+        false
+    }
     /// Entries were applied; everything before the first call was applied already.
     fn applied(&mut self, groups: &BTreeMap<GroupId, Group>, batches: VecDeque<Batch>);
 }
@@ -87,12 +91,27 @@ impl Replica {
         &mut self,
         group: GroupId,
         command: Command,
-        origin: Option<u64>,
+        origin: Origin,
         reply: oneshot::Sender<Outcome>,
         now: Timestamp,
     ) {
         Counters::add(&self.core.settings.counters.proposals, 1);
         self.core.propose(group, command, origin, reply, now);
+    }
+
+    /// See [`Core::holds`].
+    pub(crate) const fn holds(&self) -> bool {
+        self.core.holds()
+    }
+
+    /// See [`Core::has_untold`].
+    pub(crate) fn has_untold(&self) -> bool {
+        self.core.has_untold()
+    }
+
+    /// See [`Core::tell`].
+    pub(crate) fn tell(&mut self) {
+        self.core.tell();
     }
 
     /// See [`Core::close`].
@@ -128,7 +147,9 @@ impl Replica {
     /// Works until there is nothing left to do without new input.
     pub(crate) fn rounds(&mut self, effects: &mut impl Effects) -> Result<(), DiskError> {
         loop {
-            let round = self.core.collect();
+            let mut batches = VecDeque::new();
+            let round = self.core.collect(&mut batches);
+            effects.applied(&self.core.groups, batches);
             self.keep_clock()?;
             self.send(round.first, effects);
             if !round.writes.is_empty() {
@@ -137,16 +158,25 @@ impl Replica {
                 effects.written();
             }
             let mut batches = VecDeque::new();
-            let frames = self.core.complete(&mut batches);
-            self.send(frames, effects);
+            self.core.complete(&mut batches);
+            let busy = self.core.busy();
+            // Nor does it wait for a file.
+            if !busy && (self.disk.is_storing() || !effects.more()) {
+                self.flush(effects);
+            }
             effects.applied(&self.core.groups, batches);
             self.core.answer_reads();
-            if !self.core.busy() {
+            if !busy {
                 break;
             }
         }
         self.disk.store_slice()?;
-        self.write_again()
+        self.write_again(effects)
+    }
+
+    fn flush(&mut self, effects: &mut impl Effects) {
+        let frames = self.core.flush();
+        self.send(frames, effects);
     }
 
     /// What leaves this node says how far its clock is. It must not be behind that after a restart:
@@ -161,7 +191,7 @@ impl Replica {
     }
 
     /// Lets old segments of the log go.
-    fn write_again(&mut self) -> Result<(), DiskError> {
+    fn write_again(&mut self, effects: &mut impl Effects) -> Result<(), DiskError> {
         let groups = &self.core.groups;
         let live = || {
             groups
@@ -178,6 +208,7 @@ impl Replica {
             .filter_map(|id| groups.get(id))
             .map(Group::written_again)
             .collect();
+        self.flush(effects);
         self.disk.write(writes)
     }
 
@@ -195,18 +226,14 @@ impl Replica {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::path::Path;
-    use std::sync::Arc;
-
+mod tests {
     use bytes::Bytes;
-    use krake_model::ids::FederationId;
+    use tokio::sync::oneshot::Receiver;
 
     use super::*;
     use crate::command::{Expect, Operation};
-    use crate::disk::create_in;
-    use crate::medium::memory::MemoryDirectory;
-    use crate::wal::Owner;
+    use crate::testing::{COMPACT_BYTES, Did, GROUP, Net, members, node, start};
+    use crate::wire::MessageKind;
 
     struct Alone;
 
@@ -218,43 +245,132 @@ pub(crate) mod tests {
         fn applied(&mut self, _: &BTreeMap<GroupId, Group>, _: VecDeque<Batch>) {}
     }
 
-    const COMPACT_ENTRIES: u64 = 100;
-    const COMPACT_BYTES: usize = 100_000;
-
-    pub(crate) fn node(replica: u64) -> NodeId {
-        NodeId::from_bytes([replica as u8; 32])
-    }
-
-    /// Its files are in memory.
-    pub(crate) fn start(replica: u64) -> Replica {
-        let owner = Owner {
-            federation: FederationId::from_bytes([1; 32]),
-            node: node(replica),
-        };
-        let directory = Arc::<MemoryDirectory>::default();
-        create_in(&*directory, owner).ok().unwrap();
-        let settings = Settings {
-            replica,
-            election_ticks: 6,
-            heartbeat_ticks: 3,
-            boot_nonce: replica,
-            seed: replica,
-            compact_entries: COMPACT_ENTRIES,
-            compact_bytes: COMPACT_BYTES,
-            kept_entries: 10,
-            piece_bytes: 1024,
-            counters: Arc::default(),
-        };
-        let (disk, groups) =
-            Disk::open_in(Box::new(directory), Path::new("memory"), owner).unwrap();
-        Replica::new(settings, disk, groups).unwrap()
-    }
-
     fn alone() -> Replica {
         let mut replica = start(1);
         replica.bootstrap(vec![GroupId::META]).unwrap();
         replica.rounds(&mut Alone).unwrap();
         replica
+    }
+
+    /// Proposes it for the node of replica `asker`.
+    fn put(replica: &mut Replica, key: String, asker: u64) -> Receiver<Outcome> {
+        let (reply, answer) = oneshot::channel();
+        let put = Operation::Put {
+            key,
+            value: Bytes::from(vec![7; 1000]),
+            expect: Expect::Any,
+        };
+        let origin = Origin {
+            replica: asker,
+            submitted: false,
+        };
+        let command = Command::new(vec![put]);
+        replica.propose(GROUP, command, origin, reply, Timestamp::from_millis(1));
+        answer
+    }
+
+    /// Three voters, all of whom know all; replica 1 leads.
+    fn three() -> Net {
+        let mut net = Net::new(3);
+        net.until("all three vote", |net| net.voters().len() == 3);
+        net.until("all know all", |net| {
+            let committed = |id| net.group(id).map(|group| group.raw.raft.raft_log.committed);
+            let untold = net.replicas.values().any(Replica::has_untold);
+            !untold && net.flying.is_empty() && (2..=3).all(|id| committed(id) == committed(1))
+        });
+        assert!(net.group(1).unwrap().is_leader());
+        net
+    }
+
+    fn committed(net: &Net) -> [u64; 3] {
+        [1, 2, 3].map(|id| net.group(id).unwrap().raw.raft.raft_log.committed)
+    }
+
+    #[test]
+    fn what_is_committed_is_applied_and_answered_before_the_next_write() {
+        let mut net = three();
+        let mut answers = Vec::new();
+        net.work(1, |replica| answers.push(put(replica, "a".to_owned(), 1)));
+        assert!(net.deliver() && net.deliver());
+        let (from, _, frame) = net.flying.pop_front().unwrap();
+        let did = net.work(1, |replica| {
+            replica.receive(node(from), frame);
+            answers.push(put(replica, "b".to_owned(), 1));
+        });
+        assert_eq!(did, [Did::Applied, Did::Sent, Did::Sent, Did::Written]);
+        assert!(matches!(answers[0].try_recv(), Ok(Outcome::Done(Ok(_)))));
+        assert!(answers[1].try_recv().is_err());
+    }
+
+    #[test]
+    fn what_is_committed_is_told_with_the_next_frame_or_when_it_is_time() {
+        let mut net = three();
+        let [before, ..] = committed(&net);
+        let write = |net: &mut Net, key: &str, asker| {
+            net.work(1, |replica| drop(put(replica, key.to_owned(), asker)));
+            for _ in 0..4 {
+                assert!(net.deliver());
+            }
+        };
+        write(&mut net, "a", 1);
+        assert_eq!(committed(&net), [before + 1, before, before]);
+        assert!(net.flying.is_empty() && net.replicas[&1].has_untold());
+        net.work(1, Replica::tell);
+        assert!(net.deliver() && net.deliver() && !net.replicas[&1].has_untold());
+        assert_eq!(committed(&net), [before + 1; 3]);
+        // The entries after it tell of it, too.
+        write(&mut net, "b", 1);
+        write(&mut net, "c", 1);
+        assert_eq!(committed(&net), [before + 3, before + 2, before + 2]);
+        // Where it was proposed somebody waits.
+        write(&mut net, "d", 3);
+        assert!(net.deliver() && net.flying.is_empty());
+        assert_eq!(committed(&net), [before + 4, before + 3, before + 4]);
+        // Who is no member any more is not waited for.
+        net.work(1, |replica| replica.set_members(members(1, &[])));
+        net.work(1, Replica::tell);
+        assert!(!net.replicas[&1].has_untold());
+    }
+
+    /// More comes all the time.
+    struct Busy(Vec<Frame>);
+
+    impl Effects for Busy {
+        fn send(&mut self, _: NodeId, frame: &Frame) -> bool {
+            self.0.push(frame.clone());
+            true
+        }
+
+        fn more(&self) -> bool {
+            true
+        }
+
+        fn applied(&mut self, _: &BTreeMap<GroupId, Group>, _: VecDeque<Batch>) {}
+    }
+
+    #[test]
+    fn what_a_round_lets_go_goes_with_the_next_one_when_it_follows_at_once() {
+        let mut net = three();
+        let mut appends = Vec::new();
+        for key in ["a", "b"] {
+            net.work(1, |replica| drop(put(replica, key.to_owned(), 1)));
+            appends.extend(net.flying.drain(..).filter(|(_, to, _)| *to == node(2)));
+        }
+        let (mut busy, replica) = (Busy(Vec::new()), net.replicas.get_mut(&2).unwrap());
+        for (_, _, frame) in appends {
+            assert!(busy.0.is_empty());
+            replica.receive(node(1), frame);
+            replica.rounds(&mut busy).unwrap();
+        }
+        net.work(2, |_| {});
+        let rest = net.flying.drain(..).map(|(_, _, frame)| frame);
+        let frames: Vec<Frame> = busy.0.into_iter().chain(rest).collect();
+        let answers = |frame: &Frame| {
+            let all = frame.messages.iter();
+            all.filter(|(_, message)| message.kind == MessageKind::AppendResponse)
+                .count()
+        };
+        assert_eq!(frames.iter().map(answers).collect::<Vec<_>>(), [1, 1]);
     }
 
     /// Writes so often, and returns how many snapshots were made.
@@ -263,15 +379,7 @@ pub(crate) mod tests {
         let mut made = 0;
         for number in 0..writes {
             let before = snapshot(replica);
-            let (reply, mut answer) = oneshot::channel();
-            let put = Operation::Put {
-                key: key(number),
-                value: Bytes::from(vec![7; 1000]),
-                expect: Expect::Any,
-            };
-            let now = Timestamp::from_millis(1);
-            let command = Command::new(vec![put]);
-            replica.propose(GroupId::META, command, None, reply, now);
+            let mut answer = put(replica, key(number), 1);
             replica.rounds(&mut Alone).unwrap();
             assert!(matches!(answer.try_recv(), Ok(Outcome::Done(Ok(_)))));
             made += u64::from(snapshot(replica) != before);

@@ -8,8 +8,8 @@
 
 use std::cell::Cell;
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// No frame or record is larger than this (16 MiB), apart from those of [`encode_large`].
@@ -125,6 +125,19 @@ pub fn decode<T: DeserializeOwned>(
     decode_within::<RECORD_BYTES_MAX, T>(version, bytes)
 }
 
+/// As [`decode`], for a type that borrows text and bytes from the record.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_borrowed<'a, T: Deserialize<'a>>(
+    version: u8,
+    bytes: &'a [u8],
+) -> Result<T, CodecError> {
+    let payload = payload::<RECORD_BYTES_MAX>(version, bytes)?;
+    let decoded = bincode::serde::borrow_decode_from_slice(payload, config::<RECORD_BYTES_MAX>());
+    whole(payload, decoded)
+}
+
 /// As [`decode`], for what [`encode_large`] made: at most [`LARGE_RECORD_BYTES_MAX`].
 ///
 /// # Errors
@@ -137,21 +150,34 @@ fn decode_within<const LIMIT: usize, T: DeserializeOwned>(
     version: u8,
     bytes: &[u8],
 ) -> Result<T, CodecError> {
+    let payload = payload::<LIMIT>(version, bytes)?;
+    let decoded = bincode::serde::decode_from_slice(payload, config::<LIMIT>());
+    whole(payload, decoded)
+}
+
+/// What stands behind the version.
+const fn payload<const LIMIT: usize>(version: u8, bytes: &[u8]) -> Result<&[u8], CodecError> {
     if bytes.len() > LIMIT {
         return Err(CodecError::TooLarge {
             found: bytes.len(),
             limit: LIMIT,
         });
     }
-    let (&found, payload) = bytes.split_first().ok_or(CodecError::Empty)?;
-    if found != version {
-        return Err(CodecError::Version {
-            found,
+    match bytes {
+        [] => Err(CodecError::Empty),
+        [found, payload @ ..] if *found == version => Ok(payload),
+        [found, ..] => Err(CodecError::Version {
+            found: *found,
             supported: version,
-        });
+        }),
     }
-    let (value, consumed) = bincode::serde::decode_from_slice(payload, config::<LIMIT>())
-        .map_err(CodecError::Decode)?;
+}
+
+fn whole<T>(
+    payload: &[u8],
+    decoded: Result<(T, usize), bincode::error::DecodeError>,
+) -> Result<T, CodecError> {
+    let (value, consumed) = decoded.map_err(CodecError::Decode)?;
     if consumed != payload.len() {
         return Err(CodecError::Trailing {
             count: payload.len() - consumed,

@@ -1,6 +1,6 @@
 //! Which messages go out together, and which wait for a frame or need not go at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use krake_model::ids::{GroupId, NodeId};
 
@@ -81,15 +81,21 @@ impl Core {
         for to in self.sleeping.keys().chain(parcels.keys()) {
             open.entry(*to).or_default();
         }
+        for to in self.take_hasty() {
+            open.entry(to).or_default();
+        }
         for (to, (_, mut messages)) in open {
             let Some(node) = self.node_of(to) else {
+                self.untold.remove(&to);
                 continue;
             };
-            if let Some(answers) = self.answers.remove(&to) {
-                if messages.len() + answers.len() > FRAME_MESSAGES_MAX {
+            let answers = self.answers.remove(&to).unwrap_or_default();
+            let tellings = self.tellings(to);
+            for more in [answers, tellings] {
+                if messages.len() + more.len() > FRAME_MESSAGES_MAX {
                     frames.push((node, frame(to, std::mem::take(&mut messages))));
                 }
-                messages.extend(answers);
+                messages.extend(more);
             }
             let parcel = parcels.remove(&to).unwrap_or_default();
             frames.push((
@@ -106,5 +112,20 @@ impl Core {
         self.sleeping.clear();
         self.asked_for.clear();
         frames
+    }
+
+    /// Who is to be told now what is committed, whether another frame goes there or not.
+    fn take_hasty(&mut self) -> BTreeSet<u64> {
+        let hasty = std::mem::take(&mut self.hasty);
+        if std::mem::take(&mut self.tell_due) {
+            return self.untold.keys().copied().collect();
+        }
+        hasty
+    }
+
+    fn tellings(&mut self, to: u64) -> BTreeMap<GroupId, Message> {
+        let untold = self.untold.remove(&to).unwrap_or_default();
+        let telling = |id| Some((id, self.groups.get_mut(&id)?.tell(to)?));
+        untold.into_iter().filter_map(telling).collect()
     }
 }

@@ -110,6 +110,11 @@ impl Disk {
         }
     }
 
+    /// Whether a slice of a snapshot is to be written.
+    pub(crate) fn is_storing(&self) -> bool {
+        !self.storing.is_empty()
+    }
+
     /// Goes on with a snapshot that is on its way. After an error nothing may be written any more.
     pub(crate) fn store_slice(&mut self) -> Result<(), DiskError> {
         let Some((group, mut storing)) = self.storing.pop_first() else {

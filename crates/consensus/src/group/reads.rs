@@ -189,7 +189,7 @@ impl Group {
         }
     }
 
-    /// To be called when the changes that [`Self::complete`] made were told to those who watch.
+    /// To be called when the changes of the round were told to those who watch.
     pub(crate) fn answer_reads(&mut self) {
         let term = self.raw.raft.term;
         for reader in self.reads.done.drain(..) {

@@ -22,18 +22,24 @@ impl Group {
             && (self.raw.has_ready() || !self.backlog.is_empty() || self.compaction.is_some())
     }
 
-    /// First half of a round: what to send at once, what to write.
+    /// First half of a round: what to send at once, what to write. What is committed is in the log
+    /// here and at a majority: it is applied before the write, and who waits for it is answered.
     pub(crate) fn collect(
         &mut self,
         settings: &Settings,
         counter: &mut u64,
         out: &mut Vec<Message>,
+        batches: &mut VecDeque<Batch>,
     ) -> Option<Write> {
         self.dirty = false;
         self.ask_reads(settings, counter);
         let mut write = self.compaction.take();
         if !self.raw.has_ready() {
-            if write.is_none() && !has_configuration_change(&self.backlog) {
+            let changes = has_configuration_change(&self.backlog);
+            if !changes {
+                self.apply_backlog(settings, batches);
+            }
+            if write.is_none() && !changes {
                 return None;
             }
             let mut write = write.unwrap_or_else(|| self.empty_write());
@@ -43,9 +49,10 @@ impl Group {
         let mut ready = self.raw.ready();
         self.note_told(ready.messages());
         send(ready.take_messages(), out);
-        let mut must_write = has_configuration_change(&self.backlog)
-            || has_configuration_change(ready.committed_entries())
-            || ready.must_sync();
+        self.backlog.extend(ready.take_committed_entries());
+        // The commit index that covers one is on the disk before it is in force.
+        let changes = has_configuration_change(&self.backlog);
+        let mut must_write = changes || ready.must_sync();
         if planted::has(Bug::TermNotWritten) && ready.entries().is_empty() {
             must_write = false;
         }
@@ -76,6 +83,9 @@ impl Group {
         let records = entries.iter().map(Entry::from_raft).collect();
         self.raw.mut_store().append(entries);
         self.ready = Some(ready);
+        if !changes && snapshot.is_none() {
+            self.apply_backlog(settings, batches);
+        }
         if !must_write && write.is_none() {
             return None;
         }
@@ -116,44 +126,40 @@ impl Group {
         write
     }
 
-    /// Second half of a round, after the write is on disk: what was promised may be sent, what is
-    /// committed is applied.
+    /// Second half of a round, after the write is on disk: what was promised may be sent, what had
+    /// to wait for the write is applied.
     pub(crate) fn complete(
         &mut self,
         settings: &Settings,
         out: &mut Vec<Message>,
         batches: &mut VecDeque<Batch>,
     ) {
-        let mut committed = std::mem::take(&mut self.backlog);
-        let mut installed = None;
+        let (mut installed, mut later) = (None, Vec::new());
         if let Some(mut ready) = self.ready.take() {
             send(ready.take_persisted_messages(), out);
             if !ready.snapshot().is_empty() {
                 Counters::add(&settings.counters.snapshots_installed, 1);
                 self.install(ready.snapshot(), batches);
                 installed = Some(ready.snapshot().get_metadata().index);
-                committed.clear();
+                self.backlog.clear();
             }
             for state in ready.take_read_states() {
                 self.reads.confirm(&state.request_ctx, state.index);
             }
-            committed.extend(ready.take_committed_entries());
             let mut light = self.raw.advance_append(ready);
             self.note_told(light.messages());
             send(light.take_messages(), out);
             if let Some(commit) = light.commit_index() {
                 self.raw.mut_store().hard_state.commit = commit;
             }
-            self.backlog = light.take_committed_entries();
+            later = light.take_committed_entries();
             self.dirty = true;
         }
+        self.apply_backlog(settings, batches);
+        self.backlog = later;
         self.expected = None;
-        self.tell_commit(out);
-        let last = committed.last().map(|entry| entry.index).or(installed);
-        Counters::add(&settings.counters.applied, committed.len() as u64);
-        for entry in committed {
-            self.apply(entry, batches);
-        }
+        self.note_untold();
+        let last = self.applied_to.take().or(installed);
         if let Some(last) = last {
             self.raw.advance_apply_to(last);
             self.after_change(settings);
@@ -166,6 +172,15 @@ impl Group {
         self.reads.release(applied);
     }
 
+    fn apply_backlog(&mut self, settings: &Settings, batches: &mut VecDeque<Batch>) {
+        let committed = std::mem::take(&mut self.backlog);
+        Counters::add(&settings.counters.applied, committed.len() as u64);
+        for entry in committed {
+            self.applied_to = Some(entry.index);
+            self.apply(entry, batches);
+        }
+    }
+
     fn note_told(&mut self, messages: &[pb::Message]) {
         for message in messages {
             if message.get_msg_type() == pb::MessageType::MsgAppend {
@@ -176,31 +191,46 @@ impl Group {
         }
     }
 
-    /// As leader: tells the others what is committed, unless the next entries will. The library
-    /// would send an empty append instead, and each is answered at once; the answer to a heartbeat
-    /// waits for a frame that goes anyway. One that is lost is made good by the next heartbeat.
-    fn tell_commit(&mut self, out: &mut Vec<Message>) {
+    /// As leader: notes whom to tell what is committed, unless the next entries will. The library
+    /// would send an empty append at once, and each is answered at once; a heartbeat says the same,
+    /// may wait for a frame that goes anyway (see `Core::untold`), and so may its answer. One that is
+    /// lost is made good by the next heartbeat.
+    fn note_untold(&mut self) {
         let raft = &self.raw.raft;
         if raft.state != StateRole::Leader || raft.raft_log.committed < raft.raft_log.last_index() {
             return;
         }
-        let committed = raft.raft_log.committed;
+        let mut untold = Vec::new();
         for (id, progress) in raft.prs().iter().filter(|(id, _)| **id != raft.id) {
-            let known = progress.matched.min(committed);
-            let told = self.told.entry(*id).or_default();
-            if known <= *told {
-                continue;
+            if let Some(commit) = self.tellable(*id, progress) {
+                let all = commit == raft.raft_log.committed;
+                untold.push((*id, all && self.askers.remove(id)));
             }
-            *told = known;
-            let mut message = pb::Message::default();
-            message.set_msg_type(pb::MessageType::MsgHeartbeat);
-            message.from = raft.id;
-            message.to = *id;
-            message.term = raft.term;
-            message.commit = known;
-            out.extend(Message::from_raft(&message));
-            self.telling.push(*id);
         }
+        self.untold = untold;
+    }
+
+    /// Up to where a replica may be told that its log is committed, when it does not know.
+    fn tellable(&self, id: u64, progress: &raft::Progress) -> Option<u64> {
+        let known = progress.matched.min(self.raw.raft.raft_log.committed);
+        (known > self.told.get(&id).copied().unwrap_or(0)).then_some(known)
+    }
+
+    /// As leader: what a replica is to be told, when it still is.
+    pub(crate) fn tell(&mut self, to: u64) -> Option<Message> {
+        let raft = &self.raw.raft;
+        let progress = raft.prs().get(to)?;
+        let commit = self
+            .tellable(to, progress)
+            .filter(|_| raft.state == StateRole::Leader)?;
+        let mut message = pb::Message::default();
+        message.set_msg_type(pb::MessageType::MsgHeartbeat);
+        message.from = raft.id;
+        message.to = to;
+        message.term = raft.term;
+        message.commit = commit;
+        self.told.insert(to, commit);
+        Message::from_raft(&message)
     }
 
     fn apply(&mut self, entry: pb::Entry, batches: &mut VecDeque<Batch>) {

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 
 use super::{Host, RETRY_PAUSE, RETRY_PAUSE_MAX, patience_of};
 use crate::command::{Command, Committed, ProposeError};
+use crate::core::Origin;
 use crate::engine::Input;
 use crate::group::Outcome;
 use crate::wire::{Call, CallReply};
@@ -94,7 +95,10 @@ impl Host {
         left: Duration,
     ) -> Outcome {
         let Some(leader) = leader.filter(|id| *id != self.shared.replica) else {
-            let origin = submitted.then_some(self.shared.replica);
+            let origin = Origin {
+                replica: self.shared.replica,
+                submitted,
+            };
             return self.attempt(group, command.clone(), origin).await;
         };
         // A leader that does not answer may be gone: after a second we look for another.
@@ -124,8 +128,11 @@ impl Host {
     /// Ends when another one leads the group than was known when `asked` was asked.
     async fn superseded(&self, group: GroupId, known: Option<u64>, asked: Option<u64>) {
         let asked = asked.filter(|id| *id != self.shared.replica);
+        if asked.is_none() {
+            return std::future::pending().await;
+        }
         let mut status = self.status();
-        while asked.is_some() {
+        loop {
             let now = status
                 .borrow_and_update()
                 .get(&group)
@@ -152,7 +159,7 @@ impl Host {
         &self,
         group: GroupId,
         command: Command,
-        origin: Option<u64>,
+        origin: Origin,
         patience: u32,
     ) -> CallReply {
         let patience = patience_of(patience);
@@ -166,7 +173,7 @@ impl Host {
         }
     }
 
-    async fn attempt(&self, group: GroupId, command: Command, origin: Option<u64>) -> Outcome {
+    async fn attempt(&self, group: GroupId, command: Command, origin: Origin) -> Outcome {
         let (reply, answer) = oneshot::channel();
         let input = Input::Propose(group, command, origin, reply);
         if !self.input(input).await {

@@ -161,7 +161,7 @@ impl Host {
         }
     }
 
-    /// Every change from now on, in order within a group: what was applied in one round comes at
+    /// Every change from now on, in order within a group: what was applied together comes at
     /// once. A receiver that falls far behind gets `Lagged` and must read anew.
     pub fn watch(&self) -> broadcast::Receiver<Arc<[Batch]>> {
         self.shared.batches.subscribe()

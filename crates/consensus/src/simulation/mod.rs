@@ -136,14 +136,14 @@ mod tests {
             faulty_ms: 15 * 60 * 1000,
             ..Scenario::smoke()
         };
-        let report = run(1, &scenario);
+        let report = run(4, &scenario);
         assert_eq!(report.violation, None, "{report:?}");
         assert!(report.answered > 3_000, "too little happened: {report:?}");
         let planted = Scenario {
             bug: Some(Bug::ReadBeforeApplied),
             ..scenario
         };
-        let report = run(1, &planted);
+        let report = run(4, &planted);
         assert!(report.violation.is_some(), "{report:?}");
         assert!(
             report.simulated_ms < planted.faulty_ms,

@@ -42,6 +42,14 @@ enum Event {
         from: u64,
         bytes: Bytes,
     },
+    More {
+        node: u64,
+        boot: u64,
+    },
+    Tell {
+        node: u64,
+        boot: u64,
+    },
     Restart {
         node: u64,
     },
@@ -353,6 +361,8 @@ impl<'a> World<'a> {
                     Ok(())
                 })
             }
+            Event::More { node, boot } => self.on_more(node, boot),
+            Event::Tell { node, boot } => self.on_tell(node, boot),
             Event::Restart { node } => {
                 let away = self
                     .nodes

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use super::nodes::Process;
 use super::{Event, SECOND, World};
 use crate::command::{Command, Expect, Operation as Step, ProposeError, RequestId};
+use crate::core::Origin;
 use crate::disk::DiskError;
 use crate::group::{Group, Outcome};
 use crate::replica::Replica;
@@ -180,7 +181,11 @@ impl World<'_> {
         let (group, key) = current.key.clone();
         let (request, expect, asked) = (current.request, current.expect, current.asked);
         // Clients with an even number are at one site.
-        let origin = client.is_multiple_of(2).then_some(2);
+        let submitted = client.is_multiple_of(2);
+        let origin = Origin {
+            replica: if submitted { 2 } else { to },
+            submitted,
+        };
         let mut waiting = None;
         let give = |replica: &mut Replica| {
             waiting = Some(match asked {

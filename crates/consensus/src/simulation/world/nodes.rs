@@ -21,6 +21,12 @@ use crate::wire::Frame;
 
 /// One tick of Raft.
 const TICK: u64 = 100_000;
+/// As `engine::TELL_WITHIN`, in microseconds.
+const TELL_WITHIN: u64 = 1_000;
+/// How often something else waits when a node has done a step,
+const MORE: f64 = 0.2;
+/// and within how many microseconds it is taken.
+const HELD_FOR: u64 = 500;
 /// A node that is away for longer is replaced as a voter.
 const AWAY: u64 = 10 * SECOND;
 /// A segment of the log is small, so that many come and go.
@@ -80,16 +86,25 @@ pub(super) struct Process {
     pub(super) replica: Replica,
     pub(super) pending: Vec<Pending>,
     pub(super) closing: Vec<Closing>,
+    /// It is to be told that it is time to tell what is committed.
+    telling: bool,
 }
 
 /// What a step of a node sent.
-#[derive(Default)]
-struct Sent(Vec<(NodeId, Frame)>);
+struct Sent {
+    frames: Vec<(NodeId, Frame)>,
+    /// Something else waits to be taken.
+    more: bool,
+}
 
 impl Effects for Sent {
     fn send(&mut self, to: NodeId, frame: &Frame) -> bool {
-        self.0.push((to, frame.clone()));
+        self.frames.push((to, frame.clone()));
         true
+    }
+
+    fn more(&self) -> bool {
+        self.more
     }
 
     fn applied(&mut self, _: &BTreeMap<GroupId, Group>, _: VecDeque<Batch>) {}
@@ -177,6 +192,7 @@ impl World<'_> {
                     replica: started,
                     pending: Vec::new(),
                     closing: Vec::new(),
+                    telling: false,
                 });
                 node.away_since = None;
                 node.paused_until = 0;
@@ -266,6 +282,35 @@ impl World<'_> {
         })
     }
 
+    /// What waited is taken: here it is nothing, or has come before.
+    pub(super) fn on_more(&mut self, node: u64, boot: u64) -> Result<(), String> {
+        if let Some(until) = self.paused(node) {
+            self.schedule(until - self.now, Event::More { node, boot });
+            return Ok(());
+        }
+        if self.nodes.get(&node).is_none_or(|node| node.boot != boot) {
+            return Ok(());
+        }
+        self.step(node, |_| Ok(()))
+    }
+
+    /// Whoever does not know what is committed has waited long enough.
+    pub(super) fn on_tell(&mut self, node: u64, boot: u64) -> Result<(), String> {
+        if let Some(until) = self.paused(node) {
+            self.schedule(until - self.now, Event::Tell { node, boot });
+            return Ok(());
+        }
+        let running = self.nodes.get_mut(&node).filter(|node| node.boot == boot);
+        let Some(process) = running.and_then(|node| node.process.as_mut()) else {
+            return Ok(());
+        };
+        process.telling = false;
+        self.step(node, |replica| {
+            replica.tell();
+            Ok(())
+        })
+    }
+
     /// Gives something to a node and lets it work.
     pub(super) fn step(
         &mut self,
@@ -279,10 +324,13 @@ impl World<'_> {
         else {
             return Ok(());
         };
-        let mut sent = Sent::default();
+        let mut sent = Sent {
+            frames: Vec::new(),
+            more: self.random.random_bool(MORE),
+        };
         let worked = give(&mut process.replica).and_then(|()| process.replica.rounds(&mut sent));
         let took = self.work_time(own);
-        for (to, frame) in sent.0 {
+        for (to, frame) in sent.frames {
             self.checks.sent(&frame)?;
             self.send(own, replica_of(to), &frame, took)?;
         }
@@ -291,8 +339,20 @@ impl World<'_> {
                 self.checks.look(&process.replica)?;
                 self.answer_pending(&mut process);
                 self.answer_closing(&mut process)?;
-                if let Some(node) = self.nodes.get_mut(&own) {
-                    node.process = Some(process);
+                let tell = process.replica.has_untold() && !process.telling;
+                process.telling |= tell;
+                let Some(node) = self.nodes.get_mut(&own) else {
+                    return Ok(());
+                };
+                let boot = node.boot;
+                let holds = process.replica.holds();
+                node.process = Some(process);
+                if holds {
+                    let soon = self.random.random_range(0..HELD_FOR);
+                    self.schedule(soon, Event::More { node: own, boot });
+                }
+                if tell {
+                    self.schedule(TELL_WITHIN, Event::Tell { node: own, boot });
                 }
                 Ok(())
             }

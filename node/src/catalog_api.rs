@@ -1,17 +1,19 @@
 //! The catalog's own protocol (`krake_catalog_client::protocol`) on the API's listeners.
 //!
-//! A connection has one task that reads, one that writes, and one for each request and watch. What
+//! A connection has one task that reads and answers, one that writes, and one for each list and watch. What
 //! a client can make a node hold is bounded: connections, requests of a connection, bytes of all
 //! requests, lists that are not read to their end, replies that wait to be written. A client that
 //! does not read its replies is read from no more.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response as HttpResponse;
+use futures::stream::{FuturesUnordered, StreamExt, TryStreamExt, try_unfold};
 use http::{StatusCode, header};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
@@ -33,6 +35,8 @@ use crate::catalog::{Catalog, PATIENCE};
 const CONNECTIONS_MAX: usize = 2048;
 /// Requests of a connection that may run at once; more are refused as busy.
 const IN_FLIGHT_MAX: u32 = 256;
+/// The same with refusals that wait to be written; beyond, the connection is not read.
+const RUNNING_MAX: usize = 3 * IN_FLIGHT_MAX as usize;
 /// Bytes of all requests that run at a node (64 MiB), in KiB; beyond, connections are not read.
 const REQUEST_KIB_MAX: usize = 64 * 1024;
 /// Watches of a connection.
@@ -134,6 +138,7 @@ impl CatalogApi {
         let mut reading = BufReader::with_capacity(READ_BYTES, reading);
         let (replies, queue) = mpsc::channel(REPLIES_WAITING);
         let gone = self.stop.child_token();
+        let _gone = gone.clone().drop_guard();
         let mut writer = tokio::spawn(write(queue, writing));
         let connection = Arc::new(Connection {
             api: self,
@@ -146,7 +151,7 @@ impl CatalogApi {
             gone: gone.clone(),
         });
         let ended = tokio::select! {
-            ended = Arc::clone(&connection).read(&mut reading) => ended,
+            ended = Arc::clone(&connection).run(&mut reading) => ended,
             // It takes nothing any more.
             _ = &mut writer => Ok(()),
             () = gone.cancelled() => Ok(()),
@@ -244,101 +249,138 @@ impl Connection {
         let _ = self.replies.send((Response { number, reply }, held)).await;
     }
 
-    async fn read(self: Arc<Self>, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+    /// Runs what is asked until the client is done. Writes and gets, which mostly wait, run in this
+    /// task: what a round of the consensus answers together wakes it once.
+    async fn run(self: Arc<Self>, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
         let welcome = Reply::Welcome {
             shards: self.api.catalog.shards,
             in_flight_max: IN_FLIGHT_MAX,
             replica: self.api.catalog.host.replica(),
         };
         self.say(UNASKED, welcome, None).await;
-        let mut buffer = Vec::new();
-        while let Some(length) = protocol::read_length(stream, REQUEST_BYTES_MAX).await? {
-            let kib = length.div_ceil(1024) as u32;
-            let bytes = Arc::clone(&self.api.request_kib).acquire_many_owned(kib);
-            let bytes = bytes.await.map_err(io::Error::other)?;
-            buffer.resize(length, 0);
-            tokio::time::timeout(FRAME_TIME, stream.read_exact(&mut buffer)).await??;
-            let request: Request = protocol::decode(&buffer).map_err(invalid)?;
-            buffer.shrink_to(READ_BYTES);
-            if request.number == UNASKED {
-                return Err(invalid("requests are numbered from 1"));
-            }
-            let number = request.number;
-            match (request.ask, Arc::clone(&self.in_flight).try_acquire_owned()) {
-                (Ask::Unwatch { watch }, _) => {
-                    if let Some(watch) = self.watches.lock().remove(&watch) {
-                        watch.cancel();
-                    }
-                }
-                (_, Err(_)) => {
-                    let busy = Refusal::Busy {
-                        retry_after_ms: RETRY_AFTER_MS,
-                    };
-                    self.say(number, Reply::Refused(busy), None).await;
-                }
-                (
-                    Ask::Watch {
-                        group,
-                        prefix,
-                        after,
-                    },
-                    Ok(slot),
-                ) => {
-                    if self.watches.lock().contains_key(&number) {
-                        return Err(invalid("the number is that of a watch"));
-                    }
-                    let connection = Arc::clone(&self);
-                    let held = (slot, bytes);
-                    match self.begin_watch(number, group) {
-                        Ok(ended) => {
-                            let watched = Watched {
-                                group,
-                                prefix,
-                                after,
-                            };
-                            tokio::spawn(connection.watch(number, watched, ended, held));
-                        }
-                        Err(refusal) => {
-                            self.say(number, Reply::Refused(refusal), Some(held)).await;
-                        }
-                    }
-                }
-                (ask, Ok(slot)) => {
-                    let connection = Arc::clone(&self);
-                    tokio::spawn(connection.handle(number, ask, (slot, bytes)));
-                }
+        let buffer = Vec::with_capacity(READ_BYTES);
+        let requests = try_unfold((stream, buffer), |(stream, mut buffer)| async {
+            let request = self.read(stream, &mut buffer).await?;
+            Ok::<_, io::Error>(request.map(|request| (request, (stream, buffer))))
+        });
+        let mut requests = pin!(requests);
+        let mut running = FuturesUnordered::new();
+        loop {
+            tokio::select! {
+                request = requests.try_next(), if running.len() < RUNNING_MAX => match request? {
+                    Some((request, bytes)) => running.extend(self.begin(request, bytes)?),
+                    None => return Ok(()),
+                },
+                Some(()) = running.next() => {}
             }
         }
-        Ok(())
     }
 
-    async fn handle(self: Arc<Self>, number: u64, ask: Ask, held: Held) {
-        let gone = self.gone.clone();
-        let work = async {
-            let answer = match ask {
-                // Seen to where they are read.
-                Ask::Watch { .. } | Ask::Unwatch { .. } => return,
-                Ask::Write { group, command } => self.propose(group, command).await,
-                Ask::Get {
-                    group,
-                    key,
-                    freshness,
-                } => self.get(group, &key, freshness).await,
-                Ask::List {
+    /// The next request, with what it takes of the bytes that a node holds.
+    async fn read(
+        &self,
+        stream: &mut (impl AsyncRead + Unpin),
+        buffer: &mut Vec<u8>,
+    ) -> io::Result<Option<(Request, OwnedSemaphorePermit)>> {
+        let Some(length) = protocol::read_length(stream, REQUEST_BYTES_MAX).await? else {
+            return Ok(None);
+        };
+        let kib = length.div_ceil(1024) as u32;
+        let bytes = Arc::clone(&self.api.request_kib).acquire_many_owned(kib);
+        let bytes = bytes.await.map_err(io::Error::other)?;
+        buffer.resize(length, 0);
+        tokio::time::timeout(FRAME_TIME, stream.read_exact(buffer)).await??;
+        let request: Request = protocol::decode(buffer).map_err(invalid)?;
+        buffer.shrink_to(READ_BYTES);
+        if request.number == UNASKED {
+            return Err(invalid("requests are numbered from 1"));
+        }
+        Ok(Some((request, bytes)))
+    }
+
+    /// Begins what is asked; what is returned goes on with it. Nothing is waited for here: what
+    /// runs in this task would stand still.
+    fn begin(
+        self: &Arc<Self>,
+        request: Request,
+        bytes: OwnedSemaphorePermit,
+    ) -> io::Result<Option<impl Future<Output = ()> + Send + use<>>> {
+        let number = request.number;
+        match (request.ask, Arc::clone(&self.in_flight).try_acquire_owned()) {
+            (Ask::Unwatch { watch }, _) => {
+                if let Some(watch) = self.watches.lock().remove(&watch) {
+                    watch.cancel();
+                }
+            }
+            (_, Err(_)) => {
+                let busy = Refusal::Busy {
+                    retry_after_ms: RETRY_AFTER_MS,
+                };
+                return Ok(Some(Arc::clone(self).handle(number, Err(busy), None)));
+            }
+            (
+                Ask::Watch {
                     group,
                     prefix,
-                    limit,
-                    freshness,
-                } => self.list(group, &prefix, limit, freshness).await,
-                Ask::Next { list, limit } => self.next(list, limit),
-            };
-            let reply = answer.unwrap_or_else(Reply::Refused);
-            self.say(number, reply, Some(held)).await;
-        };
-        tokio::select! {
-            () = work => {}
-            () = gone.cancelled() => {}
+                    after,
+                },
+                Ok(slot),
+            ) => {
+                if self.watches.lock().contains_key(&number) {
+                    return Err(invalid("the number is that of a watch"));
+                }
+                let connection = Arc::clone(self);
+                let held = (slot, bytes);
+                match self.begin_watch(number, group) {
+                    Ok(ended) => {
+                        let watched = Watched {
+                            group,
+                            prefix,
+                            after,
+                        };
+                        tokio::spawn(connection.watch(number, watched, ended, held));
+                    }
+                    Err(refusal) => {
+                        return Ok(Some(connection.handle(number, Err(refusal), Some(held))));
+                    }
+                }
+            }
+            // They have work of their own.
+            (ask @ (Ask::List { .. } | Ask::Next { .. }), Ok(slot)) => {
+                let connection = Arc::clone(self);
+                let gone = self.gone.clone();
+                let handled = connection.handle(number, Ok(ask), Some((slot, bytes)));
+                tokio::spawn(async move { gone.run_until_cancelled(handled).await });
+            }
+            (ask, Ok(slot)) => {
+                let held = Some((slot, bytes));
+                return Ok(Some(Arc::clone(self).handle(number, Ok(ask), held)));
+            }
         }
+        Ok(None)
+    }
+
+    async fn handle(self: Arc<Self>, number: u64, ask: Result<Ask, Refusal>, held: Option<Held>) {
+        let answer = match ask {
+            Err(refusal) => Err(refusal),
+            // Seen to where they begin.
+            Ok(Ask::Watch { .. } | Ask::Unwatch { .. }) => return,
+            Ok(Ask::Write { group, command }) => self.propose(group, command).await,
+            Ok(Ask::Get {
+                group,
+                key,
+                freshness,
+            }) => self.get(group, &key, freshness).await,
+            Ok(Ask::List {
+                group,
+                prefix,
+                limit,
+                freshness,
+            }) => self.list(group, &prefix, limit, freshness).await,
+            Ok(Ask::Next { list, limit }) => self.next(list, limit),
+        };
+        let reply = answer.unwrap_or_else(Reply::Refused);
+        self.say(number, reply, held).await;
     }
 
     async fn propose(

@@ -286,6 +286,8 @@ async fn garbage(net: &Testnet) {
 /// Who asks much and reads nothing is told that the node is busy, and gets every answer later.
 async fn too_much_at_once(net: &Testnet) {
     const REQUESTS: u64 = 700;
+    const WATCHES: u64 = 64;
+    const EVENTS: u64 = 40;
     let site = &net.sites()[2];
     let key = "kv/test/large";
     let client = connect(by_socket(site)).await;
@@ -297,6 +299,28 @@ async fn too_much_at_once(net: &Testnet) {
         .await
         .unwrap();
     begin(&mut stream, "").await;
+    // What it does not read is in the way of all answers.
+    let mut bytes = Vec::new();
+    let watched = "kv/test/event";
+    let group_watched = client.group_of(watched).unwrap();
+    for number in REQUESTS + 1..=REQUESTS + WATCHES {
+        let ask = Ask::Watch {
+            group: group_watched,
+            prefix: watched.to_owned(),
+            after: None,
+        };
+        protocol::write_frame(&mut bytes, &Request { number, ask }).unwrap();
+    }
+    stream.write_all(&bytes).await.unwrap();
+    let mut events = 0;
+    for _ in 0..WATCHES {
+        let answer = within("a watch", next(&mut stream)).await.unwrap();
+        assert!(matches!(answer.reply, Reply::Watching { .. }));
+    }
+    for _ in 0..EVENTS {
+        let command = Command::new(vec![put(watched, "x", Expect::Any)]);
+        client.write(group_watched, command).await.unwrap();
+    }
     let mut bytes = Vec::new();
     for number in 1..=REQUESTS {
         let (key, freshness) = (key.to_owned(), Freshness::Linearizable);
@@ -310,8 +334,12 @@ async fn too_much_at_once(net: &Testnet) {
     stream.write_all(&bytes).await.unwrap();
     let (mut values, mut busy) = (0, 0);
     let mut numbers = std::collections::BTreeSet::new();
-    for _ in 0..REQUESTS {
+    while values + busy < REQUESTS || events < WATCHES * EVENTS {
         let answer = within("an answer", next(&mut stream)).await.unwrap();
+        if let Reply::Changes { changes, .. } = &answer.reply {
+            events += changes.len() as u64;
+            continue;
+        }
         assert!(numbers.insert(answer.number));
         match answer.reply {
             Reply::Value { entry, .. } => {

@@ -132,15 +132,12 @@ pub(crate) async fn read<S: AsyncRead + Unpin>(
     // Grows as bytes arrive: a peer cannot make us reserve what it does not send.
     let mut bytes = Vec::new();
     let work = async {
-        let taken = (&mut *stream)
-            .take(length as u64)
-            .read_to_end(&mut bytes)
-            .await?;
-        if taken == length {
-            Ok(())
-        } else {
-            Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof))
+        while bytes.len() < length {
+            let known = bytes.len();
+            bytes.resize(length.min(known + GATHERED_BYTES), 0);
+            stream.read_exact(&mut bytes[known..]).await?;
         }
+        Ok::<_, std::io::Error>(())
     };
     tokio::time::timeout(STALL.max(size_allowance(length)), work)
         .await

@@ -55,8 +55,9 @@ fn programs() -> &'static Path {
             .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
             .args(["build", "--quiet", "--locked"])
             .args(["-p", "krake-node", "-p", "krake-cli", "-p", "krake-testnet"]);
-        if directory.ends_with("release") {
-            build.arg("--release");
+        let profile = directory.file_name().and_then(std::ffi::OsStr::to_str);
+        if let Some(profile) = profile.filter(|profile| *profile != "debug") {
+            build.args(["--profile", profile]);
         }
         let built = build.status().expect("cargo can be started");
         assert!(built.success(), "the programs could not be built");

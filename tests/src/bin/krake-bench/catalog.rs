@@ -16,7 +16,7 @@ use krake_consensus::{Command, Expect, Operation};
 use krake_tests::{Site, Testnet};
 use tokio::task::JoinHandle;
 
-use super::etcd::{Etcd, EtcdClient};
+use super::etcd::{Etcd, EtcdClient, Peers};
 use super::measure::{at, median, metric, processor};
 
 const VALUE: usize = 1024;
@@ -248,14 +248,19 @@ fn line(name: &str, turns: &[Turn]) -> String {
     )
 }
 
-async fn compare(krake: &Krake, etcd: &Etcd, work: Work, clients: usize) {
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+/// One pair after the other, against each way in which etcd was started.
+async fn compare(krake: &Krake, rivals: &[(&str, Etcd)], work: Work, clients: usize) {
+    let mut ours = Vec::new();
+    let mut theirs = vec![Vec::new(); rivals.len()];
     let (mut floors, mut discarded) = (Vec::new(), 0);
     while ours.len() < ROUNDS {
         assert!(discarded < 2 * ROUNDS, "this disk is too unsteady");
         let before = floor();
         let our = turn(krake, work, clients).await;
-        let their = turn(etcd, work, clients).await;
+        let mut their = Vec::new();
+        for (_, etcd) in rivals {
+            their.push(turn(etcd, work, clients).await);
+        }
         let after = floor();
         if before.max(after) > before.min(after) * FLOOR_MOVED {
             discarded += 1;
@@ -263,26 +268,30 @@ async fn compare(krake: &Krake, etcd: &Etcd, work: Work, clients: usize) {
         }
         floors.extend([before, after]);
         ours.push(our);
-        theirs.push(their);
+        for (turns, turn) in theirs.iter_mut().zip(their) {
+            turns.push(turn);
+        }
     }
-    // Pair by pair, then the middle: what moved both moves no ratio.
-    let ratio = |of: fn(&Turn) -> f64| {
-        let pairs = ours.iter().zip(&theirs);
-        median(pairs.map(|(our, their)| of(our) / of(their)).collect())
-    };
     let what = match work {
         Work::Put => "put 1 KiB",
         Work::Get => "linearizable get",
     };
-    println!(
-        "| {what}, {clients} clients | {:.2} ms | {} | {} | {:.2} | {:.2} | {:.2} | {discarded} |",
-        median(floors),
-        line("", &ours).trim(),
-        line("", &theirs).trim(),
-        ratio(|turn| turn.rate),
-        ratio(|turn| turn.p50),
-        ratio(|turn| turn.p99),
-    );
+    for ((name, _), theirs) in rivals.iter().zip(&theirs) {
+        // Pair by pair, then the middle: what moved both moves no ratio.
+        let ratio = |of: fn(&Turn) -> f64| {
+            let pairs = ours.iter().zip(theirs);
+            median(pairs.map(|(our, their)| of(our) / of(their)).collect())
+        };
+        println!(
+            "| {what}, {clients} clients | {:.2} ms | {} | {} | {:.2} | {:.2} | {:.2} | {discarded} |",
+            median(floors.clone()),
+            line("", &ours).trim(),
+            line(name, theirs).trim(),
+            ratio(|turn| turn.rate),
+            ratio(|turn| turn.p50),
+            ratio(|turn| turn.p99),
+        );
+    }
 }
 
 /// What many groups cost that are all written to: the same clients over one shard and over a
@@ -341,19 +350,25 @@ pub async fn run() {
         net: Testnet::up(&["--sites", "3"]),
         http: reqwest::Client::new(),
     };
-    let etcd = Etcd::start().await;
+    let rivals = [
+        ("", Etcd::start(Peers::Plain).await),
+        (
+            "with TLS between its members:",
+            Etcd::start(Peers::Tls).await,
+        ),
+    ];
     println!(
         "etcd {}; medians of {ROUNDS} pairs; for each: rate (lowest to highest), p50 / p99, fdatasync of all members for each operation, processor seconds of all members for 10,000",
-        etcd.version().await
+        rivals[0].1.version().await
     );
     println!(
         "| what | floor | Krake | etcd | rate, ours over theirs | p50, ours over theirs | p99, ours over theirs | discarded |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     for clients in [1, 16, 64, 256] {
-        compare(&krake, &etcd, Work::Put, clients).await;
+        compare(&krake, &rivals, Work::Put, clients).await;
     }
     for clients in [1, 64] {
-        compare(&krake, &etcd, Work::Get, clients).await;
+        compare(&krake, &rivals, Work::Get, clients).await;
     }
 }

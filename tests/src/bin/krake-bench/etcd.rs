@@ -60,6 +60,15 @@ struct StatusResponse {
     leader: u64,
 }
 
+/// How the members speak with each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peers {
+    /// As etcd does by default.
+    Plain,
+    /// TLS, with certificates that etcd makes itself. Krake's nodes always encrypt.
+    Tls,
+}
+
 /// The cluster; dropping it kills its members.
 pub struct Etcd {
     members: Vec<(Child, String)>,
@@ -68,16 +77,21 @@ pub struct Etcd {
 
 impl Etcd {
     /// Starts three members with etcd's defaults and waits for their leader.
-    pub async fn start() -> Self {
+    pub async fn start(peers: Peers) -> Self {
         let assets = kube::assets(&Progress::default()).await.unwrap();
         let data = tempfile::tempdir().unwrap();
         let taken = ports::allocate(data.path(), 2 * MEMBERS).unwrap();
         let url = |port: u16| format!("http://127.0.0.1:{port}");
+        let peer_url = |port| match peers {
+            Peers::Plain => url(port),
+            Peers::Tls => url(port).replace("http:", "https:"),
+        };
         let cluster: Vec<String> = (0..MEMBERS)
-            .map(|member| format!("m{member}={}", url(taken[2 * member + 1])))
+            .map(|member| format!("m{member}={}", peer_url(taken[2 * member + 1])))
             .collect();
         let members = (0..MEMBERS).map(|member| {
-            let (client, peer) = (url(taken[2 * member]), url(taken[2 * member + 1]));
+            let client = url(taken[2 * member]);
+            let peer = peer_url(taken[2 * member + 1]);
             let log = std::fs::File::create(data.path().join(format!("m{member}.log"))).unwrap();
             let child = Command::new(&assets.etcd)
                 .arg(format!("--name=m{member}"))
@@ -91,6 +105,7 @@ impl Etcd {
                 .arg(format!("--initial-advertise-peer-urls={peer}"))
                 .arg(format!("--initial-cluster={}", cluster.join(",")))
                 .args(["--log-level=warn", "--initial-cluster-state=new"])
+                .args((peers == Peers::Tls).then_some("--peer-auto-tls"))
                 .stdin(Stdio::null())
                 .stdout(log.try_clone().unwrap())
                 .stderr(log)

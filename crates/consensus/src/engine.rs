@@ -303,7 +303,12 @@ impl Engine {
         let mut tell_at: Option<Instant> = None;
         loop {
             let next = tell_at.map_or(next_tick, |tell_at| tell_at.min(next_tick));
-            let wait = next.saturating_duration_since(Instant::now());
+            // What is being given may be counted before it can be taken: nothing waits for it.
+            let wait = if self.replica.holds() {
+                Duration::ZERO
+            } else {
+                next.saturating_duration_since(Instant::now())
+            };
             match self.output.inputs.recv_timeout(wait) {
                 Ok(input) => {
                     if !self.take(input)? || !self.gather()? {

@@ -12,6 +12,7 @@ use super::clients::{Closing, Pending};
 use super::{Event, SECOND, World};
 use crate::core::{Batch, Settings};
 use crate::disk::{Disk, DiskError, create_in};
+use crate::engine;
 use crate::group::Group;
 use crate::medium::memory::MemoryDirectory;
 use crate::replica::{Effects, Replica};
@@ -21,8 +22,8 @@ use crate::wire::Frame;
 
 /// One tick of Raft.
 const TICK: u64 = 100_000;
-/// As `engine::TELL_WITHIN`, in microseconds.
-const TELL_WITHIN: u64 = 1_000;
+/// In microseconds.
+const TELL_WITHIN: u64 = engine::TELL_WITHIN.as_micros() as u64;
 /// How often something else waits when a node has done a step,
 const MORE: f64 = 0.2;
 /// and within how many microseconds it is taken.

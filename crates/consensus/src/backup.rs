@@ -193,6 +193,9 @@ impl Backup {
                         let groups = groups.len();
                         return Err(BackupError::CutOff { groups });
                     }
+                    if offset != bytes.len() {
+                        return Err(BackupError::Damaged { offset });
+                    }
                     return Ok(Self {
                         federation: *federation,
                         taken_at: *taken_at,
@@ -409,11 +412,13 @@ mod tests {
         for place in 0..bytes.len() {
             let mut damaged = bytes.clone();
             damaged[place] ^= 0x10;
-            // Padding says nothing.
-            if let Ok(read) = Backup::read(&damaged) {
-                assert_eq!(read, backup(), "byte {place}");
-            }
+            assert!(Backup::read(&damaged).is_err(), "byte {place}");
         }
+        let longer = [&bytes[..], &[0]].concat();
+        assert!(matches!(
+            Backup::read(&longer),
+            Err(BackupError::Damaged { offset }) if offset == bytes.len()
+        ));
     }
 
     #[test]

@@ -364,7 +364,6 @@ fn a_flipped_bit_anywhere_is_an_error_that_names_the_file() {
         disk.write(writes).unwrap();
     }
     drop(disk);
-    let (mut refused, mut harmless) = (0, 0);
     for name in directory.list().unwrap() {
         let original = directory.read(&name).unwrap();
         let written = original.iter().rposition(|byte| *byte != 0).unwrap();
@@ -373,24 +372,15 @@ fn a_flipped_bit_anywhere_is_an_error_that_names_the_file() {
             bytes[at] ^= 1 << random.random_range(0..8);
             directory.put(&name, bytes);
             match open(&directory) {
-                // The padding of a frame says nothing.
-                Ok((_, found)) => {
-                    assert_eq!(found, models, "{name} at {at}: another state was read");
-                    harmless += 1;
-                }
                 Err(DiskError::Damaged { path, .. }) => {
                     assert!(path.ends_with(&name), "{} for {name}", path.display());
-                    refused += 1;
                 }
+                Ok(_) => panic!("{name} at {at}: it is not seen"),
                 Err(error) => panic!("{name} at {at}: {error}"),
             }
         }
         directory.put(&name, original);
     }
-    assert!(
-        refused > 50 * harmless,
-        "{refused} refused, {harmless} harmless"
-    );
 }
 
 fn name_of_last(names: &[String]) -> String {

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use krake_model::ids::GroupId;
 use krake_model::revision::Revision;
+use raft::Storage as _;
 
+use crate::log::{GroupLog, HardState};
 use crate::machine::LogEntry;
 use crate::replica::Replica;
 use crate::wire::{Frame, MessageKind};
@@ -34,6 +36,29 @@ pub(super) struct Checks {
     compared: BTreeMap<(GroupId, u64), u64>,
     /// As each replica was when it was looked at last.
     looked: BTreeMap<(GroupId, u64), Looked>,
+    /// By node: what it had in memory when it was stopped between two steps.
+    stopped: BTreeMap<u64, BTreeMap<GroupId, Kept>>,
+}
+
+/// What a step that ended has made durable. (The commit index may lag.)
+#[derive(Debug, PartialEq, Eq)]
+struct Kept {
+    term: u64,
+    vote: u64,
+    last: u64,
+    last_term: Option<u64>,
+}
+
+impl Kept {
+    fn of(log: &GroupLog, HardState { term, vote, .. }: HardState) -> Self {
+        let last = log.last();
+        Self {
+            term,
+            vote,
+            last,
+            last_term: log.term(last).ok(),
+        }
+    }
 }
 
 /// What a replica may only do wrong by changing it.
@@ -51,6 +76,47 @@ impl Checks {
     pub(super) fn restarted(&mut self, own: u64) {
         self.compared.retain(|(_, replica), _| *replica != own);
         self.looked.retain(|(_, replica), _| *replica != own);
+    }
+
+    /// A node stops between two steps.
+    pub(super) fn stopped(&mut self, replica: &Replica) {
+        let groups = replica.core.groups.iter();
+        let kept = groups
+            .map(|(id, group)| {
+                let raft = &group.raw.raft;
+                let hard_state = HardState {
+                    term: raft.term,
+                    vote: raft.vote,
+                    commit: 0,
+                };
+                (*id, Kept::of(group.raw.store(), hard_state))
+            })
+            .collect();
+        self.stopped.insert(replica.core.settings.replica, kept);
+    }
+
+    /// Looks at what a node reads back from its files before it starts.
+    pub(super) fn read_back(
+        &mut self,
+        own: u64,
+        logs: &[(GroupId, GroupLog)],
+    ) -> Result<(), String> {
+        let Some(stopped) = self.stopped.remove(&own) else {
+            return Ok(());
+        };
+        let found: BTreeMap<GroupId, Kept> = logs
+            .iter()
+            .map(|(id, log)| (*id, Kept::of(log, log.hard_state)))
+            .collect();
+        for (id, kept) in &stopped {
+            if found.get(id) != Some(kept) {
+                return Err(format!(
+                    "replica {own} of {id} had {kept:?} and reads back {:?}",
+                    found.get(id)
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Forgets once a minute what is long past, so that a simulation of a month fits into memory.

@@ -143,11 +143,14 @@ impl World<'_> {
         self.schedule(after, Event::Gone { node: victim });
     }
 
-    /// The process ends; what it wrote is in the file system's memory.
+    /// The process ends between two steps, or the power goes: all that it knows is durable.
     fn kill(&mut self, victim: u64) {
-        if self.nodes[&victim].process.is_some() {
-            self.nodes[&victim].directory.never_fail();
-            self.stop(victim, false);
+        let node = &self.nodes[&victim];
+        if let Some(process) = &node.process {
+            node.directory.never_fail();
+            self.checks.stopped(&process.replica);
+            let power = self.random.random_bool(0.5);
+            self.stop(victim, power);
         }
     }
 

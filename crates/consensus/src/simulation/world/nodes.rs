@@ -180,13 +180,15 @@ impl World<'_> {
             counters: Arc::clone(&self.counters),
         };
         let directory = Box::new(Arc::clone(&node.directory));
-        let opened = Disk::open_in(directory, Path::new("simulated"), owner(replica)).and_then(
-            |(mut disk, groups)| {
-                disk.limit_segments(SEGMENT);
-                disk.limit_slices(SLICE);
-                Replica::new(settings, disk, groups)
-            },
-        );
+        let opened = Disk::open_in(directory, Path::new("simulated"), owner(replica));
+        if let Ok((_, logs)) = &opened {
+            self.checks.read_back(replica, logs)?;
+        }
+        let opened = opened.and_then(|(mut disk, groups)| {
+            disk.limit_segments(SEGMENT);
+            disk.limit_slices(SLICE);
+            Replica::new(settings, disk, groups)
+        });
         match opened {
             Ok(started) => {
                 node.process = Some(Process {

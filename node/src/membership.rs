@@ -180,7 +180,7 @@ async fn apply_voters(federation: &Federation, members: &[Member]) {
 /// Follows the members until the program ends; they are kept in the data directory for the next
 /// start.
 pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: Membership) {
-    let mut batches = federation.catalog.host.watch();
+    let mut batches = federation.catalog.host.watch(&["sites/", records::MEMBERS]);
     let mut care = tokio::time::interval(VOTERS_INTERVAL);
     let mut catch_up = tokio::time::interval(CATCH_UP_INTERVAL);
     catch_up.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -50,6 +50,15 @@ pub struct CatalogStore {
     overlay: Arc<dyn Overlay>,
 }
 
+/// Keys of the objects that can be watched, by the plural of their kind.
+const WATCHED: [&str; 5] = [
+    "applications/",
+    "sites/",
+    "placements/",
+    "nodes/",
+    "events/",
+];
+
 impl std::fmt::Debug for CatalogStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("CatalogStore").finish_non_exhaustive()
@@ -64,7 +73,7 @@ fn app_of_event(name: &str) -> &str {
 impl CatalogStore {
     /// A store whose watches begin now.
     pub fn new(catalog: Catalog, overlay: Arc<dyn Overlay>) -> Arc<Self> {
-        let batches = catalog.host.watch();
+        let batches = catalog.host.watch(&WATCHED);
         let groups = Catalog::all_groups(catalog.shards);
         let kept = (EVENTS_KEPT / groups.len()).max(GROUP_EVENTS_MIN);
         let group_events = groups

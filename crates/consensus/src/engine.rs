@@ -10,12 +10,13 @@ use krake_model::ids::{GroupId, NodeId};
 use krake_model::revision::Revision;
 use krake_model::time::Timestamp;
 use parking_lot::RwLock;
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::command::Command;
 use crate::core::{Batch, GroupStatus, Origin, Settings};
 use crate::disk::{DiskError, Home};
+use crate::feeds::Feeds;
 use crate::follow::History;
 use crate::group::{Group, Outcome};
 use crate::host::Transport;
@@ -91,7 +92,7 @@ pub(crate) struct Output {
     pub(crate) inputs: Inputs<Input>,
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) machines: Machines,
-    pub(crate) batches: broadcast::Sender<Arc<[Batch]>>,
+    pub(crate) feeds: Arc<Feeds>,
     pub(crate) history: Arc<History>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) writing_since: Instant,
@@ -114,7 +115,7 @@ impl Output {
                 changes: Arc::new([]),
             };
             self.history.note(&batch, group.machine.read().bytes());
-            let _ = self.batches.send(Arc::new([batch]));
+            self.feeds.tell(&VecDeque::from([batch]));
         }
     }
 }
@@ -159,8 +160,7 @@ impl Effects for Output {
             self.history.note(batch, held.unwrap_or(0));
         }
         if !batches.is_empty() {
-            // Nobody watching is fine.
-            let _ = self.batches.send(batches.into_iter().collect());
+            self.feeds.tell(&batches);
         }
     }
 }

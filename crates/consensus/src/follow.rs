@@ -10,9 +10,10 @@ use krake_model::ids::GroupId;
 use krake_model::revision::Revision;
 use parking_lot::RwLock;
 use thiserror::Error;
-use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::broadcast::{Receiver, error::RecvError};
 
 use crate::core::Batch;
+use crate::feeds::Feeds;
 use crate::machine::{Change, Entry};
 
 /// Bytes of changes that are kept of each group, however little is in it.
@@ -166,8 +167,8 @@ impl History {
 pub struct Following {
     group: GroupId,
     history: Arc<History>,
-    batches: broadcast::Sender<Arc<[Batch]>>,
-    live: broadcast::Receiver<Arc<[Batch]>>,
+    feeds: Arc<Feeds>,
+    live: Receiver<Arc<[Batch]>>,
     waiting: VecDeque<Changes>,
     /// There may be more in what is kept, before what is live.
     behind: bool,
@@ -179,16 +180,16 @@ impl Following {
         group: GroupId,
         after: Revision,
         history: Arc<History>,
-        batches: broadcast::Sender<Arc<[Batch]>>,
+        feeds: Arc<Feeds>,
     ) -> Result<Self, Compacted> {
         // In this order: what happens in between is in both.
-        let live = batches.subscribe();
+        let live = feeds.group(group);
         let waiting = history.after(group, after, TAKEN_MAX)?;
         let behind = waiting.len() == TAKEN_MAX;
         Ok(Self {
             group,
             history,
-            batches,
+            feeds,
             live,
             waiting,
             behind,
@@ -202,7 +203,7 @@ impl Following {
     }
 
     fn begin_anew(&mut self) -> Result<(), Compacted> {
-        self.live = self.batches.subscribe();
+        self.live = self.feeds.group(self.group);
         self.take_kept()
     }
 
@@ -230,12 +231,11 @@ impl Following {
             }
             match self.live.recv().await {
                 Ok(round) => {
-                    let own = || round.iter().filter(|batch| batch.group == self.group);
-                    if own().any(|batch| batch.reset) {
+                    if round.iter().any(|batch| batch.reset) {
                         self.begin_anew()?;
                     } else {
-                        let own = own().filter(|batch| !batch.changes.is_empty());
-                        self.waiting.extend(own.map(Changes::of));
+                        let changing = round.iter().filter(|batch| !batch.changes.is_empty());
+                        self.waiting.extend(changing.map(Changes::of));
                     }
                 }
                 Err(RecvError::Lagged(_)) => self.begin_anew()?,
@@ -289,25 +289,25 @@ mod tests {
 
     struct World {
         history: Arc<History>,
-        batches: broadcast::Sender<Arc<[Batch]>>,
+        feeds: Arc<Feeds>,
     }
 
     impl World {
         fn new(backlog: usize) -> Self {
             let history = Arc::<History>::default();
             history.begin(GROUP, revision(0));
-            let (batches, _) = broadcast::channel(backlog);
-            Self { history, batches }
+            let feeds = Arc::new(Feeds::with_group_backlog(backlog));
+            Self { history, feeds }
         }
 
         fn apply(&self, batch: Batch) {
             self.history.note(&batch, HELD as u64);
-            let _ = self.batches.send(Arc::new([batch]));
+            self.feeds.tell(&VecDeque::from([batch]));
         }
 
         fn follow(&self, after: i64) -> Result<Following, Compacted> {
-            let (history, batches) = (Arc::clone(&self.history), self.batches.clone());
-            Following::new(GROUP, revision(after), history, batches)
+            let (history, feeds) = (Arc::clone(&self.history), Arc::clone(&self.feeds));
+            Following::new(GROUP, revision(after), history, feeds)
         }
     }
 

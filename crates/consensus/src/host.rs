@@ -18,12 +18,13 @@ use async_trait::async_trait;
 use krake_model::ids::{GroupId, NodeId};
 use krake_model::time::Timestamp;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tracing::{debug, error};
 
-use crate::core::{Batch, GroupStatus, Origin, Settings};
+use crate::core::{GroupStatus, Origin, Settings};
 use crate::disk::{DiskError, Home, RealHome};
 use crate::engine::{Engine, Input, Machines, Output};
+use crate::feeds::Feeds;
 use crate::follow::History;
 use crate::inputs::{self, Giver};
 use crate::inspect::{Counters, GroupDetail};
@@ -35,8 +36,6 @@ use crate::wire::{Call, CallReply, Frame};
 /// Inputs that wait for the thread at most; beyond that peers' frames are dropped (Raft sends
 /// again) and callers wait.
 const INPUTS_MAX: usize = 4096;
-/// Rounds a slow watcher may be behind.
-const WATCH_BACKLOG: usize = 4096;
 /// First pause before a proposal is tried again; doubles up to [`RETRY_PAUSE_MAX`].
 pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(15);
 pub(crate) const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
@@ -109,7 +108,7 @@ pub(crate) struct Shared {
     pub(crate) members: RwLock<BTreeMap<u64, NodeId>>,
     /// When a frame of each node came last.
     heard: Mutex<BTreeMap<NodeId, Instant>>,
-    pub(crate) batches: broadcast::Sender<Arc<[Batch]>>,
+    pub(crate) feeds: Arc<Feeds>,
     pub(crate) history: Arc<History>,
     pub(crate) status: watch::Receiver<BTreeMap<GroupId, GroupStatus>>,
     pub(crate) failure: watch::Receiver<Option<String>>,
@@ -181,7 +180,7 @@ impl Host {
         let (disk, groups) = home.open()?;
         let replica = Replica::new(settings.clone(), disk, groups)?;
         let (inputs, receiver) = inputs::queue(INPUTS_MAX);
-        let (batches, _) = broadcast::channel(WATCH_BACKLOG);
+        let feeds = Arc::<Feeds>::default();
         let (status_sender, status) = watch::channel(BTreeMap::new());
         let (failure_sender, failure) = watch::channel(None);
         let (full_sender, full) = watch::channel(false);
@@ -204,7 +203,7 @@ impl Host {
                 inputs: receiver,
                 transport: Arc::clone(&transport),
                 machines: Arc::clone(&machines),
-                batches: batches.clone(),
+                feeds: Arc::clone(&feeds),
                 history: Arc::clone(&history),
                 counters: Arc::clone(&counters),
                 writing_since: Instant::now(),
@@ -233,7 +232,7 @@ impl Host {
                 machines,
                 members: RwLock::default(),
                 heard: Mutex::default(),
-                batches,
+                feeds,
                 history,
                 status,
                 failure,

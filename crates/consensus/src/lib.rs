@@ -10,6 +10,7 @@ pub mod command;
 mod core;
 mod disk;
 mod engine;
+mod feeds;
 mod follow;
 mod frame;
 mod gate;

@@ -137,7 +137,8 @@ impl Owner {
     }
 
     async fn follow_catalog(self) {
-        let mut batches = self.inner.federation.catalog.host.watch();
+        let host = &self.inner.federation.catalog.host;
+        let mut batches = host.watch(&["sites/", "applications/", records::ASSIGN]);
         loop {
             match batches.recv().await {
                 Ok(round) => round.iter().for_each(|batch| self.take(batch)),

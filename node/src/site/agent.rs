@@ -180,7 +180,8 @@ impl Agent {
     }
 
     async fn follow_catalog(self) {
-        let mut batches = self.inner.federation.catalog.host.watch();
+        let host = &self.inner.federation.catalog.host;
+        let mut batches = host.watch(&[records::ASSIGN, records::TOMBS]);
         let mut resync = tokio::time::interval(RESYNC_INTERVAL);
         loop {
             tokio::select! {

@@ -14,7 +14,7 @@ use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::{CatalogStore, newest, object};
+use super::{CatalogStore, WATCHED, newest, object};
 use crate::catalog::{Catalog, PATIENCE};
 
 /// Stamps of all shards are closed no more often than this while somebody watches.
@@ -72,15 +72,10 @@ impl CatalogStore {
     fn events_of(self: &Arc<Self>, batch: &Batch) -> Vec<Event> {
         let mut events = Vec::new();
         for change in &*batch.changes {
-            let Some((plural, _)) = change.key.split_once('/') else {
+            let Some(plural) = WATCHED.iter().find(|kind| change.key.starts_with(**kind)) else {
                 continue;
             };
-            if !matches!(
-                plural,
-                "applications" | "sites" | "placements" | "nodes" | "events"
-            ) {
-                continue;
-            }
+            let plural = plural.trim_end_matches('/');
             let plural = plural.to_owned();
             let revision = batch.revision.number();
             let gone = change.entry.is_none();

@@ -53,7 +53,7 @@ impl Host {
         prefix: &str,
         at: Revision,
     ) -> Result<Vec<(String, Entry)>, Compacted> {
-        let mut batches = self.watch();
+        let mut applied = self.shared.feeds.group(group);
         loop {
             let (entries, newest) = self.list(group, prefix);
             if newest <= at {
@@ -68,7 +68,7 @@ impl Host {
                 return Ok(entries.into_iter().collect());
             }
             // What was applied a moment ago is noted in the same breath.
-            if let Err(RecvError::Closed) = batches.recv().await {
+            if let Err(RecvError::Closed) = applied.recv().await {
                 return Ok(Vec::new());
             }
         }
@@ -161,10 +161,11 @@ impl Host {
         }
     }
 
-    /// Every change from now on, in order within a group: what was applied together comes at
-    /// once. A receiver that falls far behind gets `Lagged` and must read anew.
-    pub fn watch(&self) -> broadcast::Receiver<Arc<[Batch]>> {
-        self.shared.batches.subscribe()
+    /// From now on every command that may have changed something under one of these prefixes, in
+    /// order within a group: what was applied together comes at once. A receiver that falls far
+    /// behind gets `Lagged` and must read anew.
+    pub fn watch(&self, prefixes: &[&str]) -> broadcast::Receiver<Arc<[Batch]>> {
+        self.shared.feeds.prefixes(prefixes)
     }
 
     /// Every change of a group above a revision, in order, each once; at whichever node that
@@ -173,10 +174,10 @@ impl Host {
     /// # Errors
     /// [`Compacted`] when this node does not keep changes that old.
     pub fn follow(&self, group: GroupId, after: Revision) -> Result<Following, Compacted> {
-        let (history, batches) = (
+        let (history, feeds) = (
             Arc::clone(&self.shared.history),
-            self.shared.batches.clone(),
+            Arc::clone(&self.shared.feeds),
         );
-        Following::new(group, after, history, batches)
+        Following::new(group, after, history, feeds)
     }
 }

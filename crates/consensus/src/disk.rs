@@ -21,10 +21,10 @@ use thiserror::Error;
 
 use self::places::Places;
 use self::replayed::Replayed;
-use self::storing::{SLICE_BYTES, Storing};
+use self::storing::Storing;
 use crate::frame::{self, Found};
 use crate::log::{GroupLog, HardState};
-use crate::medium::{Directory, RealDirectory};
+use crate::medium::{Directory, RealDirectory, UNFINISHED};
 use crate::planted::{self, Bug};
 use crate::wal::{self, Owner, Wal, WalError};
 use crate::wire::{Entry, Snapshot};
@@ -36,7 +36,6 @@ const PIECE_BYTES: usize = 4 * 1024 * 1024;
 /// Segments that are kept before old entries are written again to let one go.
 const SEGMENTS_MIN: usize = 4;
 const SNAPSHOT_PREFIX: &str = "snapshot-";
-const UNFINISHED: &str = ".tmp";
 /// See [`Disk::keep_clock`].
 const CLOCK: &str = "clock";
 const CLOCK_VERSION: u8 = 1;
@@ -125,7 +124,6 @@ pub(crate) struct Disk {
     clock: Revision,
     /// Snapshots that are not in force yet.
     storing: BTreeMap<GroupId, Storing>,
-    slice_bytes: usize,
 }
 
 impl std::fmt::Debug for Disk {
@@ -351,7 +349,6 @@ impl Disk {
             places,
             clock,
             storing: BTreeMap::new(),
-            slice_bytes: SLICE_BYTES,
         };
         Ok((disk, logs))
     }
@@ -418,6 +415,12 @@ impl Disk {
             self.states.insert(change.group, state);
         }
         Ok(())
+    }
+
+    /// Gives room back that is held in reserve. Then nothing of the catalog's files changes any
+    /// more unless it is written to.
+    pub(crate) fn release(&self) {
+        self.directory.release();
     }
 
     /// What was written with [`Self::keep_clock`] last.

@@ -207,6 +207,7 @@ impl Engine {
         });
         // Who waits for them learns that it is in vain.
         self.replica.core.groups.clear();
+        self.replica.release_room();
         loop {
             let again = Instant::now() + ROOM_INTERVAL;
             loop {

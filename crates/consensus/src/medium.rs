@@ -3,10 +3,19 @@
 //! The catalog touches files only through these two traits, so that a test decides what a power
 //! cut leaves behind.
 
+mod aside;
+mod sliced;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use self::aside::Aside;
+
+/// Behind the name of a file that is not whole. Opening the catalog removes what a crash left.
+pub(crate) const UNFINISHED: &str = ".tmp";
 
 /// One directory of files.
 pub(crate) trait Directory: Send {
@@ -22,6 +31,24 @@ pub(crate) trait Directory: Send {
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
     /// Removes a file, durably.
     fn remove(&self, name: &str) -> io::Result<()>;
+    /// Makes a file for writing that is empty or has zeros, which are durable; also how many. If
+    /// some can be prepared for the next time, there should be `bytes` of them.
+    fn create_roomy(&self, name: &str, bytes: u64) -> io::Result<(Box<dyn Medium>, u64)>;
+    /// Begins to write a file, durably, replacing what has its name when all of it is there. What is
+    /// begun later is done later.
+    fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>>;
+    /// Removes a file now or a little later; those that are given first go first.
+    fn retire(&self, name: &str) -> io::Result<()>;
+    /// Room is needed: what is not in use is given back. Returns when nothing is removed any more.
+    fn release(&self) {}
+}
+
+/// A file that is being written, see [`Directory::store`]. Dropped, it may be written or not.
+pub(crate) trait Store: Send {
+    /// Does a part of the work, if nobody else does it, without waiting for long; `true`: all is done.
+    fn go_on(&mut self) -> io::Result<bool>;
+    /// Does all that is left, or waits for it.
+    fn finish(&mut self) -> io::Result<()>;
 }
 
 /// One file that is written.
@@ -36,19 +63,34 @@ pub(crate) trait Medium: Send {
 #[derive(Debug)]
 pub(crate) struct RealDirectory {
     path: PathBuf,
+    /// Begun when it is needed.
+    aside: OnceLock<Aside>,
 }
 
 impl RealDirectory {
     pub(crate) fn new(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
+            aside: OnceLock::new(),
         }
     }
 
-    /// A name is durable when its directory is.
     fn sync(&self) -> io::Result<()> {
-        File::open(&self.path)?.sync_all()
+        sync_directory(&self.path)
     }
+
+    fn aside(&self) -> io::Result<&Aside> {
+        if let Some(aside) = self.aside.get() {
+            return Ok(aside);
+        }
+        let aside = Aside::start(&self.path)?;
+        Ok(self.aside.get_or_init(|| aside))
+    }
+}
+
+/// A name is durable when its directory is.
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 impl Directory for RealDirectory {
@@ -91,6 +133,28 @@ impl Directory for RealDirectory {
         std::fs::remove_file(self.path.join(name))?;
         self.sync()
     }
+
+    fn create_roomy(&self, name: &str, bytes: u64) -> io::Result<(Box<dyn Medium>, u64)> {
+        match self.aside()?.take(&self.path.join(name), bytes)? {
+            Some((file, room)) => Ok((Box::new(RealMedium { file }), room)),
+            None => Ok((self.create(name)?, 0)),
+        }
+    }
+
+    fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
+        Ok(self.aside()?.store(name, parts))
+    }
+
+    fn retire(&self, name: &str) -> io::Result<()> {
+        self.aside()?.retire(name);
+        Ok(())
+    }
+
+    fn release(&self) {
+        if let Some(aside) = self.aside.get() {
+            aside.release();
+        }
+    }
 }
 
 struct RealMedium {
@@ -118,6 +182,8 @@ pub(crate) mod memory {
     use rand::{RngExt as _, SeedableRng as _};
 
     use super::*;
+
+    use super::sliced::Sliced;
 
     const SECTOR: usize = 512;
 
@@ -154,6 +220,9 @@ pub(crate) mod memory {
         /// Bytes that can still be written.
         room: Option<usize>,
         random: Option<StdRng>,
+        /// How many files were made that may have room.
+        roomy: u64,
+        slice_bytes: Option<usize>,
     }
 
     /// See [`Directory`].
@@ -192,6 +261,11 @@ pub(crate) mod memory {
         /// After so many bytes there is no room, until told otherwise.
         pub(crate) fn limit_room(&self, bytes: Option<usize>) {
             self.inner.lock().room = bytes;
+        }
+
+        /// Of a stored file so much is written at once: most take several steps.
+        pub(crate) fn limit_slices(&self, bytes: usize) {
+            self.inner.lock().slice_bytes = Some(bytes);
         }
 
         /// Of what was not synced, any sectors may have got to the disk.
@@ -305,6 +379,37 @@ pub(crate) mod memory {
             self.inner.lock().files.remove(name);
             Ok(())
         }
+
+        /// Every other one has room.
+        fn create_roomy(&self, name: &str, bytes: u64) -> io::Result<(Box<dyn Medium>, u64)> {
+            operation(&self.inner)?;
+            let mut inner = self.inner.lock();
+            inner.roomy += 1;
+            let room = if inner.roomy.is_multiple_of(2) {
+                bytes
+            } else {
+                0
+            };
+            let content = Arc::new(Mutex::new(Content {
+                durable: vec![0; room as usize],
+                pending: Vec::new(),
+            }));
+            inner.files.insert(name.to_owned(), Arc::clone(&content));
+            drop(inner);
+            Ok((self.medium(content), room))
+        }
+
+        fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
+            let slice = self.inner.lock().slice_bytes.unwrap_or(usize::MAX);
+            let directory = Self {
+                inner: Arc::clone(&self.inner),
+            };
+            Ok(Box::new(Sliced::begin(directory, name, parts, slice)?))
+        }
+
+        fn retire(&self, name: &str) -> io::Result<()> {
+            self.remove(name)
+        }
     }
 
     impl Directory for Arc<MemoryDirectory> {
@@ -330,6 +435,18 @@ pub(crate) mod memory {
 
         fn remove(&self, name: &str) -> io::Result<()> {
             (**self).remove(name)
+        }
+
+        fn create_roomy(&self, name: &str, bytes: u64) -> io::Result<(Box<dyn Medium>, u64)> {
+            (**self).create_roomy(name, bytes)
+        }
+
+        fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
+            (**self).store(name, parts)
+        }
+
+        fn retire(&self, name: &str) -> io::Result<()> {
+            (**self).retire(name)
         }
     }
 

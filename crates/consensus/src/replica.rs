@@ -144,6 +144,11 @@ impl Replica {
         self.disk.write(writes)
     }
 
+    /// See [`Disk::release`].
+    pub(crate) fn release_room(&self) {
+        self.disk.release();
+    }
+
     /// Works until there is nothing left to do without new input.
     pub(crate) fn rounds(&mut self, effects: &mut impl Effects) -> Result<(), DiskError> {
         loop {
@@ -170,7 +175,7 @@ impl Replica {
                 break;
             }
         }
-        self.disk.store_slice()?;
+        self.disk.go_on_storing()?;
         self.write_again(effects)
     }
 

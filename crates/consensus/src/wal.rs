@@ -12,7 +12,7 @@ use krake_model::ids::{FederationId, NodeId};
 use serde::{Deserialize, Serialize};
 
 use crate::frame::{self, Found};
-use crate::medium::{Directory, Medium};
+use crate::medium::{Directory, Medium, UNFINISHED};
 use crate::planted::{self, Bug};
 
 const HEADER_VERSION: u8 = 1;
@@ -22,7 +22,6 @@ pub(crate) const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 const ROOM_BYTES: u64 = 1024 * 1024;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 const PREFIX: &str = "segment-";
-const UNFINISHED: &str = ".tmp";
 
 /// Whose catalog it is; files of two data directories are not mixed unnoticed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,12 +97,14 @@ impl Wal {
         owner: Owner,
         checkpoint: &[u8],
     ) -> Result<Self, WalError> {
-        let (file, bytes) = begin(directory, owner, 1, 1, checkpoint)?;
+        let first = encode_first(owner, 1, 1, checkpoint)?;
+        let file = directory.create(&unfinished_name(1))?;
+        let segment = begin(directory, &*file, 1, &first)?;
         Ok(Self {
             owner,
             file,
-            segments: VecDeque::from([Segment { number: 1, bytes }]),
-            room: bytes,
+            room: segment.bytes,
+            segments: VecDeque::from([segment]),
             sequence: 3,
             segment_bytes: SEGMENT_BYTES,
         })
@@ -194,10 +195,12 @@ impl Wal {
         checkpoint: &[u8],
     ) -> Result<(), WalError> {
         let number = self.current() + 1;
-        let (file, bytes) = begin(directory, self.owner, number, self.sequence, checkpoint)?;
+        let first = encode_first(self.owner, number, self.sequence, checkpoint)?;
+        let (file, room) = directory.create_roomy(&unfinished_name(number), self.segment_bytes)?;
+        let segment = begin(directory, &*file, number, &first)?;
         self.file = file;
-        self.segments.push_back(Segment { number, bytes });
-        self.room = bytes;
+        self.room = room.max(segment.bytes);
+        self.segments.push_back(segment);
         self.sequence += 2;
         Ok(())
     }
@@ -228,13 +231,14 @@ impl Wal {
         Ok(())
     }
 
-    /// Removes the oldest segment, never the current one.
+    /// Removes the oldest segment, never the current one. It may be there again after a crash: what
+    /// is in it is no longer wanted, and does no harm.
     pub(crate) fn drop_oldest(&mut self, directory: &dyn Directory) -> Result<(), WalError> {
         if self.segments.len() < 2 {
             return Ok(());
         }
         if let Some(segment) = self.segments.pop_front() {
-            directory.remove(&name_of(segment.number))?;
+            directory.retire(&name_of(segment.number))?;
         }
         Ok(())
     }
@@ -254,25 +258,38 @@ fn damaged(number: u64, offset: u64, reason: &str) -> WalError {
     }
 }
 
-/// Makes a segment with its first two frames, durably.
-fn begin(
-    directory: &dyn Directory,
+fn unfinished_name(number: u64) -> String {
+    format!("{}{UNFINISHED}", name_of(number))
+}
+
+/// The first two frames of a segment.
+fn encode_first(
     owner: Owner,
     number: u64,
     sequence: u64,
     checkpoint: &[u8],
-) -> Result<(Box<dyn Medium>, u64), WalError> {
+) -> Result<Vec<u8>, WalError> {
     let header = codec::encode(HEADER_VERSION, &Header { owner, number })
         .map_err(|error| io::Error::other(error.to_string()))?;
     let mut bytes = frame::write(sequence, &header);
     bytes.extend_from_slice(&frame::write(sequence + 1, checkpoint));
-    let name = name_of(number);
-    let unfinished = format!("{name}{UNFINISHED}");
-    let file = directory.create(&unfinished)?;
-    file.write_at(0, &bytes)?;
+    Ok(bytes)
+}
+
+/// Makes an unfinished file a segment, durably.
+fn begin(
+    directory: &dyn Directory,
+    file: &dyn Medium,
+    number: u64,
+    first: &[u8],
+) -> Result<Segment, WalError> {
+    file.write_at(0, first)?;
     file.sync()?;
-    directory.rename(&unfinished, &name)?;
-    Ok((file, bytes.len() as u64))
+    directory.rename(&unfinished_name(number), &name_of(number))?;
+    Ok(Segment {
+        number,
+        bytes: first.len() as u64,
+    })
 }
 
 fn check_header(

@@ -1,77 +1,25 @@
-//! Snapshots on their way into their files. A large one is written a slice a round, so that no
-//! round, and no heartbeat, waits for the whole of it; until then the log on the disk keeps what
-//! only the older snapshot has.
-
-use std::io;
+//! Snapshots on their way into their files. They are written aside, so that no round, and no
+//! heartbeat, waits for one; until it is there the log on the disk keeps what only the older snapshot
+//! has.
 
 use krake_model::codec;
-use krake_model::ids::GroupId;
 
-use super::{Change, Disk, DiskError, SNAPSHOT_VERSION, UNFINISHED, snapshot_name};
+use super::{Change, Disk, DiskError, SNAPSHOT_VERSION, snapshot_name};
 use crate::frame;
-use crate::medium::{Directory, Medium};
-use crate::planted::{self, Bug};
+use crate::medium::Store;
 use crate::wal::WalError;
 use crate::wire::Snapshot;
 
-/// Bytes that are written and synced at once.
-pub(super) const SLICE_BYTES: usize = 4 * 1024 * 1024;
-
-/// A snapshot and its file.
+/// A snapshot on its way.
 pub(super) struct Storing {
-    file: Box<dyn Medium>,
-    /// One behind the other they are the file.
-    parts: [Vec<u8>; 3],
-    /// Bytes that are on the disk.
-    at: usize,
+    file: Box<dyn Store>,
     /// Where the group's log begins once the snapshot is in force.
     start: (u64, u64),
 }
 
-impl Storing {
-    fn begin(directory: &dyn Directory, group: GroupId, payload: Vec<u8>) -> io::Result<Self> {
-        let (head, tail) = frame::around(1, &payload);
-        Ok(Self {
-            file: directory.create(&unfinished_name(group))?,
-            parts: [head, payload, tail],
-            at: 0,
-            start: (0, 0),
-        })
-    }
-
-    /// Writes so many more bytes durably; `true`: that was all.
-    fn write_slice(&mut self, bytes: usize) -> io::Result<bool> {
-        let (mut begin, mut room) = (0, bytes);
-        for part in &self.parts {
-            let from = self.at.saturating_sub(begin).min(part.len());
-            let slice = &part[from..from.saturating_add(room).min(part.len())];
-            if !slice.is_empty() {
-                self.file.write_at(self.at as u64, slice)?;
-            }
-            self.at += slice.len();
-            room -= slice.len();
-            begin += part.len();
-        }
-        if !planted::has(Bug::SnapshotNotSynced) {
-            self.file.sync()?;
-        }
-        Ok(self.at == begin)
-    }
-}
-
-fn unfinished_name(group: GroupId) -> String {
-    format!("{}{UNFINISHED}", snapshot_name(group))
-}
-
 impl Disk {
-    /// Slices are smaller: a simulation shall see many.
-    #[cfg(any(test, feature = "simulation"))]
-    pub(crate) const fn limit_slices(&mut self, bytes: usize) {
-        self.slice_bytes = bytes;
-    }
-
     /// Takes a group's snapshot before the log says that entries are gone: at once when it replaces
-    /// the log or is small, else with the next rounds.
+    /// the log, else with one of the next rounds.
     pub(super) fn take_snapshot(
         &mut self,
         change: &Change,
@@ -82,23 +30,23 @@ impl Disk {
         self.storing.remove(&group);
         let payload = codec::encode_large(SNAPSHOT_VERSION, &(group, snapshot))
             .map_err(|source| DiskError::Encode { group, source })?;
+        let (head, tail) = frame::around(1, &payload);
         let replaces = change.truncate_from.is_some() || !self.states.contains_key(&group);
-        let at_once = replaces || payload.len() <= self.slice_bytes;
-        let mut storing = Storing::begin(&*self.directory, group, payload)
-            .map_err(|error| self.problem(WalError::Io(error)))?;
-        if at_once {
-            return storing
-                .write_slice(usize::MAX)
-                .and_then(|_| self.put_in_force(group))
-                .map_err(|error| self.problem(WalError::Io(error)));
+        let stored = self
+            .directory
+            .store(&snapshot_name(group), [head, payload, tail])
+            .and_then(|mut file| {
+                if replaces {
+                    file.finish()?;
+                    return Ok(None);
+                }
+                Ok(Some(file))
+            });
+        if let Some(file) = stored.map_err(|error| self.problem(WalError::Io(error)))? {
+            let start = (0, 0);
+            self.storing.insert(group, Storing { file, start });
         }
-        self.storing.insert(group, storing);
         Ok(())
-    }
-
-    fn put_in_force(&self, group: GroupId) -> io::Result<()> {
-        self.directory
-            .rename(&unfinished_name(group), &snapshot_name(group))
     }
 
     /// While a snapshot is on its way the log on the disk begins where it did.
@@ -110,34 +58,39 @@ impl Disk {
         }
     }
 
-    /// Whether a slice of a snapshot is to be written.
+    /// Whether a snapshot is on its way.
     pub(crate) fn is_storing(&self) -> bool {
         !self.storing.is_empty()
     }
 
-    /// Goes on with a snapshot that is on its way. After an error nothing may be written any more.
-    pub(crate) fn store_slice(&mut self) -> Result<(), DiskError> {
-        let Some((group, mut storing)) = self.storing.pop_first() else {
-            return Ok(());
-        };
-        let is_whole = storing
-            .write_slice(self.slice_bytes)
-            .map_err(|error| self.problem(WalError::Io(error)))?;
-        if !is_whole {
-            self.storing.insert(group, storing);
+    /// Goes on with the snapshots that are on their way: the log begins behind those that are there.
+    /// After an error nothing may be written any more.
+    pub(crate) fn go_on_storing(&mut self) -> Result<(), DiskError> {
+        let mut stored = Vec::new();
+        for (group, storing) in &mut self.storing {
+            match storing.file.go_on() {
+                Ok(true) => stored.push((*group, storing.start)),
+                Ok(false) => {}
+                Err(error) => return Err(self.problem(WalError::Io(error))),
+            }
+        }
+        if stored.is_empty() {
             return Ok(());
         }
-        self.put_in_force(group)
-            .map_err(|error| self.problem(WalError::Io(error)))?;
-        if let Some(state) = self.states.get(&group).copied() {
-            self.append(&[Change {
-                group,
-                truncate_from: None,
-                entries: Vec::new(),
-                hard_state: state.hard_state,
-                start: storing.start,
-            }])?;
+        let mut changes = Vec::new();
+        for (group, start) in stored {
+            self.storing.remove(&group);
+            if let Some(state) = self.states.get(&group) {
+                changes.push(Change {
+                    group,
+                    truncate_from: None,
+                    entries: Vec::new(),
+                    hard_state: state.hard_state,
+                    start,
+                });
+            }
         }
+        self.append(&changes)?;
         self.drop_old()
     }
 }
@@ -148,11 +101,12 @@ mod tests {
     use std::sync::Arc;
 
     use bytes::Bytes;
-    use krake_model::ids::{FederationId, NodeId};
+    use krake_model::ids::{FederationId, GroupId, NodeId};
 
     use super::*;
     use crate::disk::{Write, create_in};
     use crate::log::{GroupLog, HardState};
+    use crate::medium::Directory as _;
     use crate::medium::memory::MemoryDirectory;
     use crate::wal::Owner;
     use crate::wire::{Configuration, Entry, EntryKind};
@@ -168,8 +122,8 @@ mod tests {
             create_in(&**directory, owner).ok().unwrap();
         }
         let home = Box::new(Arc::clone(directory));
-        let (mut disk, mut logs) = Disk::open_in(home, Path::new("catalog"), owner).unwrap();
-        disk.limit_slices(100);
+        let (disk, mut logs) = Disk::open_in(home, Path::new("catalog"), owner).unwrap();
+        directory.limit_slices(100);
         (disk, logs.pop().map(|(_, log)| log))
     }
 
@@ -219,7 +173,7 @@ mod tests {
             disk.write(vec![write(1..=10, 0, None)]).unwrap();
             disk.write(vec![write(11..=11, 6, Some(8))]).unwrap();
             for slice in 0..slices {
-                disk.store_slice().unwrap();
+                disk.go_on_storing().unwrap();
                 if slice == SLICES / 2 {
                     disk.write(vec![write(12..=12, 6, None)]).unwrap();
                 }
@@ -242,10 +196,10 @@ mod tests {
         let (mut disk, _) = open(&directory);
         disk.write(vec![write(1..=10, 0, None)]).unwrap();
         disk.write(vec![write(11..=11, 6, Some(8))]).unwrap();
-        disk.store_slice().unwrap();
+        disk.go_on_storing().unwrap();
         disk.write(vec![write(12..=12, 9, Some(10))]).unwrap();
         for _ in 0..20 {
-            disk.store_slice().unwrap();
+            disk.go_on_storing().unwrap();
         }
         drop(disk);
         assert_eq!(found(&directory), (10, 12, 10));
@@ -253,7 +207,7 @@ mod tests {
         // A leader's replaces the log: it is in force with the same write.
         let (mut disk, _) = open(&directory);
         disk.write(vec![write(13..=13, 11, Some(12))]).unwrap();
-        disk.store_slice().unwrap();
+        disk.go_on_storing().unwrap();
         let mut leaders = write(0..=0, 20, Some(20));
         leaders.change.entries.clear();
         leaders.change.truncate_from = Some(0);

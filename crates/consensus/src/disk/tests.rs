@@ -165,6 +165,15 @@ fn round(random: &mut StdRng, models: &mut Models, size: usize) -> Vec<Write> {
     writes
 }
 
+/// Writes a round, and goes on until its snapshots are in force.
+fn write_and_store(disk: &mut Disk, writes: Vec<Write>) -> Result<(), DiskError> {
+    disk.write(writes)?;
+    while disk.is_storing() {
+        disk.go_on_storing()?;
+    }
+    Ok(())
+}
+
 /// A group after a power cut in the middle of a round: as before, or as after, or with the
 /// snapshot of the round and the log of before.
 fn plausible(found: Option<&Model>, before: Option<&Model>, after: Option<&Model>) -> bool {
@@ -226,7 +235,7 @@ fn what_was_acknowledged_is_there_after_a_power_cut_at_any_moment() {
             for _ in 0..random.random_range(1..20) {
                 let before = models.clone();
                 let writes = round(&mut random, &mut models, 3000);
-                if disk.write(writes).is_ok() {
+                if write_and_store(&mut disk, writes).is_ok() {
                     continue;
                 }
                 drop(disk);
@@ -292,7 +301,7 @@ fn old_segments_go_and_a_silent_group_does_not_hold_them() {
     let mut most = 0;
     for index in 1..200 {
         let write = change(busy, vec![entry(index, 1_000_000)], index - 1, index - 1);
-        disk.write(vec![write]).unwrap();
+        write_and_store(&mut disk, vec![write]).unwrap();
         for group in disk.to_rewrite(|| 1_000_010) {
             assert_eq!(group, silent);
             disk.write(vec![small.clone()]).unwrap();

@@ -179,6 +179,7 @@ impl World<'_> {
             piece_bytes,
             counters: Arc::clone(&self.counters),
         };
+        node.directory.limit_slices(SLICE);
         let directory = Box::new(Arc::clone(&node.directory));
         let opened = Disk::open_in(directory, Path::new("simulated"), owner(replica));
         if let Ok((_, logs)) = &opened {
@@ -186,7 +187,6 @@ impl World<'_> {
         }
         let opened = opened.and_then(|(mut disk, groups)| {
             disk.limit_segments(SEGMENT);
-            disk.limit_slices(SLICE);
             Replica::new(settings, disk, groups)
         });
         match opened {

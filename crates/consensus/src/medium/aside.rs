@@ -1,0 +1,316 @@
+//! What a thread does aside, because no write of the catalog should wait for it (measured on ext4,
+//! docs/benchmarks.md):
+//!
+//! - files of zeros in reserve, and files that are not needed any more: to make a file larger takes a
+//!   file system 1.2 ms for each MiB, to remove one of 16 MiB 15 ms. The one is made from the other.
+//! - files that are written as a whole: their data, and then their names, are synced.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+use tracing::warn;
+
+use super::sliced::Sliced;
+use super::{RealDirectory, Store, UNFINISHED, sync_directory};
+
+/// Files in reserve at most: one that was taken leaves another one until a third was made.
+const SPARES_MAX: usize = 2;
+/// Written and synced at once, so that the syncs of others do not wait for more.
+static PIECE: [u8; 256 * 1024] = [0; 256 * 1024];
+const PREFIX: &str = "spare-";
+
+enum Job {
+    /// Make one of this size, where there is none.
+    Prepare(u64),
+    /// Make one from this file, or remove it.
+    Retire(String),
+    /// Write a file of these parts, and say so.
+    Store(String, [Vec<u8>; 3], Sender<io::Result<()>>),
+    /// Remove all spares, and say so.
+    Release(Sender<()>),
+}
+
+/// The thread; it does one thing after the other, and ends with this.
+#[derive(Debug)]
+pub(super) struct Aside {
+    jobs: Option<Sender<Job>>,
+    ready: Arc<Mutex<Vec<PathBuf>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Aside {
+    pub(super) fn start(directory: &Path) -> io::Result<Self> {
+        let (jobs, queue) = channel();
+        let ready = Arc::<Mutex<Vec<PathBuf>>>::default();
+        let mut worker = Worker {
+            directory: directory.to_owned(),
+            ready: Arc::clone(&ready),
+            made: 0,
+            broken: false,
+        };
+        let thread = std::thread::Builder::new()
+            .name("krake-files".to_owned())
+            .spawn(move || worker.work(&queue))?;
+        Ok(Self {
+            jobs: Some(jobs),
+            ready,
+            thread: Some(thread),
+        })
+    }
+
+    fn ask(&self, job: Job) {
+        if let Some(jobs) = &self.jobs {
+            let _ = jobs.send(job);
+        }
+    }
+
+    /// A file of zeros that are durable, and how many there are, under another name; the next one of
+    /// `bytes` is made. `None`: there is none yet.
+    pub(super) fn take(&self, name: &Path, bytes: u64) -> io::Result<Option<(File, u64)>> {
+        let spare = self.ready.lock().pop();
+        self.ask(Job::Prepare(bytes));
+        let Some(spare) = spare else {
+            return Ok(None);
+        };
+        std::fs::rename(spare, name)?;
+        let file = OpenOptions::new().write(true).open(name)?;
+        let room = file.metadata()?.len();
+        Ok(Some((file, room)))
+    }
+
+    /// Removes a file after those that were given before. After an error nothing is removed any
+    /// more: of a row of files the oldest are missing, never one in between.
+    pub(super) fn retire(&self, name: &str) {
+        self.ask(Job::Retire(name.to_owned()));
+    }
+
+    /// Begins to write a file of these parts, replacing what has its name when it is durable.
+    pub(super) fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> Box<dyn Store> {
+        let (done, stored) = channel();
+        self.ask(Job::Store(name.to_owned(), parts, done));
+        Box::new(StoredAside(stored))
+    }
+
+    /// Does what was asked for, and gives the room of the files in reserve back.
+    pub(super) fn release(&self) {
+        let (done, wait) = channel();
+        self.ask(Job::Release(done));
+        let _ = wait.recv();
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A file that the thread writes.
+struct StoredAside(Receiver<io::Result<()>>);
+
+impl Store for StoredAside {
+    fn go_on(&mut self) -> io::Result<bool> {
+        match self.0.try_recv() {
+            Ok(stored) => stored.map(|()| true),
+            Err(TryRecvError::Empty) => Ok(false),
+            Err(TryRecvError::Disconnected) => Err(gone()),
+        }
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.0.recv().unwrap_or_else(|_| Err(gone()))
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::other("the thread that writes files has ended")
+}
+
+struct Worker {
+    directory: PathBuf,
+    ready: Arc<Mutex<Vec<PathBuf>>>,
+    /// Counts files in reserve: no two have one name.
+    made: u64,
+    /// A file could not be removed.
+    broken: bool,
+}
+
+impl Worker {
+    fn work(&mut self, queue: &Receiver<Job>) {
+        for job in queue {
+            match job {
+                Job::Prepare(bytes) if self.ready.lock().is_empty() => {
+                    let name = self.next_name();
+                    // Without room there is none, and whoever writes next says so.
+                    self.keep(
+                        &name,
+                        File::create(&name).and_then(|file| fill(&file, bytes)),
+                    );
+                }
+                Job::Prepare(_) => {}
+                Job::Retire(name) if self.broken => {
+                    warn!(name, "an old file stays until the next start");
+                }
+                Job::Retire(name) => {
+                    if let Err(error) = self.retire(&name) {
+                        self.broken = true;
+                        warn!(name, %error, "an old file could not be removed: it and those after it stay until the next start");
+                    }
+                }
+                Job::Store(name, parts, done) => {
+                    let _ = done.send(self.store(&name, parts));
+                }
+                Job::Release(done) => {
+                    for spare in std::mem::take(&mut *self.ready.lock()) {
+                        let _ = std::fs::remove_file(spare);
+                    }
+                    let _ = done.send(());
+                }
+            }
+        }
+    }
+
+    fn next_name(&mut self) -> PathBuf {
+        self.made += 1;
+        self.directory
+            .join(format!("{PREFIX}{}{UNFINISHED}", self.made))
+    }
+
+    fn keep(&self, name: &Path, filled: io::Result<()>) {
+        match filled {
+            Ok(()) => self.ready.lock().push(name.to_owned()),
+            Err(_) => drop(std::fs::remove_file(name)),
+        }
+    }
+
+    fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<()> {
+        let directory = RealDirectory::new(&self.directory);
+        Sliced::begin(directory, name, parts, usize::MAX)?.finish()
+    }
+
+    fn retire(&mut self, name: &str) -> io::Result<()> {
+        let old = self.directory.join(name);
+        if self.ready.lock().len() >= SPARES_MAX {
+            std::fs::remove_file(old)?;
+            return sync_directory(&self.directory);
+        }
+        let spare = self.next_name();
+        std::fs::rename(old, &spare)?;
+        // Nothing of it is overwritten as long as it could come back under its old name.
+        sync_directory(&self.directory)?;
+        let file = OpenOptions::new().write(true).open(&spare);
+        let filled = file.and_then(|file| {
+            let bytes = file.metadata()?.len();
+            fill(&file, bytes)
+        });
+        self.keep(&spare, filled);
+        Ok(())
+    }
+}
+
+/// Writes zeros durably.
+fn fill(file: &File, bytes: u64) -> io::Result<()> {
+    let mut at = 0;
+    while at < bytes {
+        let piece = &PIECE[..(bytes - at).min(PIECE.len() as u64) as usize];
+        file.write_all_at(piece, at)?;
+        file.sync_data()?;
+        at += piece.len() as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BYTES: u64 = 700_000;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(directory).unwrap();
+        let name = |entry: io::Result<std::fs::DirEntry>| entry.unwrap().file_name();
+        let mut names: Vec<String> = entries
+            .map(|entry| name(entry).into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn an_old_file_becomes_zeros_under_another_name() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path();
+        let aside = Aside::start(path).unwrap();
+        assert!(aside.take(&path.join("first"), BYTES).unwrap().is_none());
+        let old = path.join("old");
+        std::fs::write(&old, vec![7; BYTES as usize]).unwrap();
+        aside.retire("old");
+        while aside.ready.lock().len() < 2 {
+            std::thread::yield_now();
+        }
+        assert!(!old.exists());
+        for name in ["second", "third"] {
+            let name = path.join(name);
+            let (_, room) = aside.take(&name, BYTES).unwrap().unwrap();
+            assert_eq!(room, BYTES);
+            assert_eq!(std::fs::read(name).unwrap(), vec![0; BYTES as usize]);
+        }
+    }
+
+    #[test]
+    fn no_more_are_kept_than_wanted_and_none_when_room_is_needed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path();
+        let aside = Aside::start(path).unwrap();
+        let old: Vec<String> = (0..4).map(|number| format!("old-{number}")).collect();
+        for name in &old {
+            std::fs::write(path.join(name), [7; 10]).unwrap();
+            aside.retire(name);
+        }
+        drop(aside);
+        assert_eq!(names(path), ["spare-1.tmp", "spare-2.tmp"]);
+        let aside = Aside::start(path).unwrap();
+        std::fs::write(path.join("old"), [7; 10]).unwrap();
+        aside.retire("old");
+        aside.release();
+        assert!(aside.ready.lock().is_empty());
+        assert!(!path.join("old").exists());
+    }
+
+    #[test]
+    fn a_file_is_written_as_a_whole_or_not_at_all() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path();
+        let aside = Aside::start(path).unwrap();
+        let parts = |byte: u8| [vec![byte], vec![byte; 10], Vec::new()];
+        let (mut first, mut second) = (aside.store("a", parts(1)), aside.store("a", parts(2)));
+        second.finish().unwrap();
+        assert!(first.go_on().unwrap());
+        assert_eq!(std::fs::read(path.join("a")).unwrap(), [2; 11]);
+        assert_eq!(names(path), ["a"]);
+        // Its place is taken.
+        std::fs::create_dir_all(path.join("b").join("c")).unwrap();
+        assert!(aside.store("b", parts(3)).finish().is_err());
+    }
+
+    #[test]
+    fn after_a_file_that_cannot_be_removed_none_is() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path();
+        let aside = Aside::start(path).unwrap();
+        std::fs::write(path.join("second"), [7; 10]).unwrap();
+        aside.retire("first");
+        aside.retire("second");
+        drop(aside);
+        assert_eq!(names(path), ["second"]);
+    }
+}

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use self::aside::Aside;
+use self::sliced::Sliced;
 
 /// Behind the name of a file that is not whole. Opening the catalog removes what a crash left.
 pub(crate) const UNFINISHED: &str = ".tmp";
@@ -34,21 +35,22 @@ pub(crate) trait Directory: Send {
     /// Makes a file for writing that is empty or has zeros, which are durable; also how many. If
     /// some can be prepared for the next time, there should be `bytes` of them.
     fn create_roomy(&self, name: &str, bytes: u64) -> io::Result<(Box<dyn Medium>, u64)>;
-    /// Begins to write a file, durably, replacing what has its name when all of it is there. What is
-    /// begun later is done later.
-    fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>>;
+    /// Writes a file, durably, replacing what has its name when all of it is there.
+    fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<()>;
+    /// Begins to do the same. What is begun later is done later.
+    fn store_aside(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>>;
     /// Removes a file now or a little later; those that are given first go first.
     fn retire(&self, name: &str) -> io::Result<()>;
     /// Room is needed: what is not in use is given back. Returns when nothing is removed any more.
     fn release(&self) {}
 }
 
-/// A file that is being written, see [`Directory::store`]. Dropped, it may be written or not.
+/// A file that is being written, see [`Directory::store_aside`]. Dropped, it may be written or not.
 pub(crate) trait Store: Send {
     /// Does a part of the work, if nobody else does it, without waiting for long; `true`: all is done.
     fn go_on(&mut self) -> io::Result<bool>;
-    /// Does all that is left, or waits for it.
-    fn finish(&mut self) -> io::Result<()>;
+    /// When this returns, nothing is done any more.
+    fn give_up(self: Box<Self>);
 }
 
 /// One file that is written.
@@ -141,8 +143,12 @@ impl Directory for RealDirectory {
         }
     }
 
-    fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
-        Ok(self.aside()?.store(name, parts))
+    fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<()> {
+        Sliced::begin(Self::new(&self.path), name, parts, usize::MAX)?.finish()
+    }
+
+    fn store_aside(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
+        Ok(Box::new(self.aside()?.store(name, parts)))
     }
 
     fn retire(&self, name: &str) -> io::Result<()> {
@@ -182,8 +188,6 @@ pub(crate) mod memory {
     use rand::{RngExt as _, SeedableRng as _};
 
     use super::*;
-
-    use super::sliced::Sliced;
 
     const SECTOR: usize = 512;
 
@@ -399,7 +403,14 @@ pub(crate) mod memory {
             Ok((self.medium(content), room))
         }
 
-        fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
+        fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<()> {
+            let directory = Self {
+                inner: Arc::clone(&self.inner),
+            };
+            Sliced::begin(directory, name, parts, usize::MAX)?.finish()
+        }
+
+        fn store_aside(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
             let slice = self.inner.lock().slice_bytes.unwrap_or(usize::MAX);
             let directory = Self {
                 inner: Arc::clone(&self.inner),
@@ -441,8 +452,12 @@ pub(crate) mod memory {
             (**self).create_roomy(name, bytes)
         }
 
-        fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
+        fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<()> {
             (**self).store(name, parts)
+        }
+
+        fn store_aside(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
+            (**self).store_aside(name, parts)
         }
 
         fn retire(&self, name: &str) -> io::Result<()> {

@@ -4,48 +4,60 @@
 
 use krake_model::codec;
 
-use super::{Change, Disk, DiskError, SNAPSHOT_VERSION, snapshot_name};
+use super::{Change, Disk, DiskError, Problem, SNAPSHOT_VERSION, snapshot_name};
 use crate::frame;
 use crate::medium::Store;
 use crate::wal::WalError;
 use crate::wire::Snapshot;
 
-/// A snapshot on its way.
+/// A group's snapshot on its way.
 pub(super) struct Storing {
     file: Box<dyn Store>,
     /// Where the group's log begins once the snapshot is in force.
+    start: (u64, u64),
+    /// The newest one that was made meanwhile. That on its way is not given up for it: on a slow disk
+    /// none would ever arrive.
+    next: Option<Next>,
+}
+
+struct Next {
+    parts: [Vec<u8>; 3],
     start: (u64, u64),
 }
 
 impl Disk {
     /// Takes a group's snapshot before the log says that entries are gone: at once when it replaces
-    /// the log, else with one of the next rounds.
+    /// the log, else aside.
     pub(super) fn take_snapshot(
         &mut self,
         change: &Change,
         snapshot: &Snapshot,
     ) -> Result<(), DiskError> {
         let group = change.group;
-        // An older one is out of date, and has the same file.
-        self.storing.remove(&group);
         let payload = codec::encode_large(SNAPSHOT_VERSION, &(group, snapshot))
             .map_err(|source| DiskError::Encode { group, source })?;
         let (head, tail) = frame::around(1, &payload);
-        let replaces = change.truncate_from.is_some() || !self.states.contains_key(&group);
-        let stored = self
-            .directory
-            .store(&snapshot_name(group), [head, payload, tail])
-            .and_then(|mut file| {
-                if replaces {
-                    file.finish()?;
-                    return Ok(None);
-                }
-                Ok(Some(file))
-            });
-        if let Some(file) = stored.map_err(|error| self.problem(WalError::Io(error)))? {
-            let start = (0, 0);
-            self.storing.insert(group, Storing { file, start });
+        let (name, parts) = (snapshot_name(group), [head, payload, tail]);
+        let path = self.path.clone();
+        let problem = |error| Problem { path }.of(WalError::Io(error));
+        if change.truncate_from.is_some() || !self.states.contains_key(&group) {
+            // It has the same file.
+            if let Some(older) = self.storing.remove(&group) {
+                older.file.give_up();
+            }
+            return self.directory.store(&name, parts).map_err(problem);
         }
+        let start = (0, 0);
+        if let Some(older) = self.storing.get_mut(&group) {
+            older.next = Some(Next { parts, start });
+            return Ok(());
+        }
+        let storing = Storing {
+            file: self.directory.store_aside(&name, parts).map_err(problem)?,
+            start,
+            next: None,
+        };
+        self.storing.insert(group, storing);
         Ok(())
     }
 
@@ -54,7 +66,11 @@ impl Disk {
         if let Some(storing) = self.storing.get_mut(&change.group)
             && let Some(state) = self.states.get(&change.group)
         {
-            storing.start = std::mem::replace(&mut change.start, state.start);
+            let start = std::mem::replace(&mut change.start, state.start);
+            match &mut storing.next {
+                Some(next) => next.start = start,
+                None => storing.start = start,
+            }
         }
     }
 
@@ -79,7 +95,16 @@ impl Disk {
         }
         let mut changes = Vec::new();
         for (group, start) in stored {
-            self.storing.remove(&group);
+            let next = self.storing.remove(&group).and_then(|storing| storing.next);
+            if let Some(Next { parts, start }) = next {
+                let file = self.directory.store_aside(&snapshot_name(group), parts);
+                let storing = Storing {
+                    file: file.map_err(|error| self.problem(WalError::Io(error)))?,
+                    start,
+                    next: None,
+                };
+                self.storing.insert(group, storing);
+            }
             if let Some(state) = self.states.get(&group) {
                 changes.push(Change {
                     group,
@@ -191,22 +216,38 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_snapshot_takes_the_place_of_one_on_its_way() {
+    fn a_newer_snapshot_follows_the_one_on_its_way_unless_it_replaces_the_log() {
+        // Opening it removes what is on its way.
+        let after = |steps: usize| {
+            let directory = Arc::<MemoryDirectory>::default();
+            let (mut disk, _) = open(&directory);
+            disk.write(vec![write(1..=10, 0, None)]).unwrap();
+            disk.write(vec![write(11..=11, 6, Some(8))]).unwrap();
+            disk.go_on_storing().unwrap();
+            disk.write(vec![write(12..=12, 9, Some(10))]).unwrap();
+            disk.write(vec![write(13..=13, 10, Some(11))]).unwrap();
+            disk.write(vec![write(14..=14, 10, None)]).unwrap();
+            for _ in 0..steps {
+                disk.go_on_storing().unwrap();
+            }
+            let found = found(&directory);
+            (found, disk.is_storing())
+        };
+        let mut seen: Vec<_> = (0..25).map(after).collect();
+        seen.dedup();
+        // Newer ones take each other's place.
+        let expected = [
+            ((1, 14, 0), true),
+            ((7, 14, 8), true),
+            ((11, 14, 11), false),
+        ];
+        assert_eq!(seen, expected);
+
         let directory = Arc::<MemoryDirectory>::default();
         let (mut disk, _) = open(&directory);
-        disk.write(vec![write(1..=10, 0, None)]).unwrap();
-        disk.write(vec![write(11..=11, 6, Some(8))]).unwrap();
-        disk.go_on_storing().unwrap();
-        disk.write(vec![write(12..=12, 9, Some(10))]).unwrap();
-        for _ in 0..20 {
-            disk.go_on_storing().unwrap();
-        }
-        drop(disk);
-        assert_eq!(found(&directory), (10, 12, 10));
-
+        disk.write(vec![write(1..=14, 0, None)]).unwrap();
         // A leader's replaces the log: it is in force with the same write.
-        let (mut disk, _) = open(&directory);
-        disk.write(vec![write(13..=13, 11, Some(12))]).unwrap();
+        disk.write(vec![write(15..=15, 11, Some(12))]).unwrap();
         disk.go_on_storing().unwrap();
         let mut leaders = write(0..=0, 20, Some(20));
         leaders.change.entries.clear();

@@ -16,8 +16,7 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 use tracing::warn;
 
-use super::sliced::Sliced;
-use super::{RealDirectory, Store, UNFINISHED, sync_directory};
+use super::{Directory as _, RealDirectory, Store, UNFINISHED, sync_directory};
 
 /// Files in reserve at most: one that was taken leaves another one until a third was made.
 const SPARES_MAX: usize = 2;
@@ -25,13 +24,15 @@ const SPARES_MAX: usize = 2;
 static PIECE: [u8; 256 * 1024] = [0; 256 * 1024];
 const PREFIX: &str = "spare-";
 
+type Parts = Arc<Mutex<Option<[Vec<u8>; 3]>>>;
+
 enum Job {
     /// Make one of this size, where there is none.
     Prepare(u64),
     /// Make one from this file, or remove it.
     Retire(String),
-    /// Write a file of these parts, and say so.
-    Store(String, [Vec<u8>; 3], Sender<io::Result<()>>),
+    /// Write a file of these parts, if they are still there, and say so.
+    Store(String, Parts, Sender<io::Result<()>>),
     /// Remove all spares, and say so.
     Release(Sender<()>),
 }
@@ -91,10 +92,11 @@ impl Aside {
     }
 
     /// Begins to write a file of these parts, replacing what has its name when it is durable.
-    pub(super) fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> Box<dyn Store> {
+    pub(super) fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> StoredAside {
         let (done, stored) = channel();
-        self.ask(Job::Store(name.to_owned(), parts, done));
-        Box::new(StoredAside(stored))
+        let parts = Arc::new(Mutex::new(Some(parts)));
+        self.ask(Job::Store(name.to_owned(), Arc::clone(&parts), done));
+        StoredAside { parts, stored }
     }
 
     /// Does what was asked for, and gives the room of the files in reserve back.
@@ -114,25 +116,35 @@ impl Drop for Aside {
     }
 }
 
-/// A file that the thread writes.
-struct StoredAside(Receiver<io::Result<()>>);
+/// A file that the thread writes; not any more, if it has not begun when this is dropped.
+pub(super) struct StoredAside {
+    parts: Parts,
+    stored: Receiver<io::Result<()>>,
+}
 
 impl Store for StoredAside {
     fn go_on(&mut self) -> io::Result<bool> {
-        match self.0.try_recv() {
+        match self.stored.try_recv() {
             Ok(stored) => stored.map(|()| true),
             Err(TryRecvError::Empty) => Ok(false),
-            Err(TryRecvError::Disconnected) => Err(gone()),
+            Err(TryRecvError::Disconnected) => {
+                Err(io::Error::other("the thread that writes files has ended"))
+            }
         }
     }
 
-    fn finish(&mut self) -> io::Result<()> {
-        self.0.recv().unwrap_or_else(|_| Err(gone()))
+    fn give_up(self: Box<Self>) {
+        let begun = self.parts.lock().take().is_none();
+        if begun {
+            let _ = self.stored.recv();
+        }
     }
 }
 
-fn gone() -> io::Error {
-    io::Error::other("the thread that writes files has ended")
+impl Drop for StoredAside {
+    fn drop(&mut self) {
+        self.parts.lock().take();
+    }
 }
 
 struct Worker {
@@ -167,7 +179,10 @@ impl Worker {
                     }
                 }
                 Job::Store(name, parts, done) => {
-                    let _ = done.send(self.store(&name, parts));
+                    let parts = parts.lock().take();
+                    if let Some(parts) = parts {
+                        let _ = done.send(RealDirectory::new(&self.directory).store(&name, parts));
+                    }
                 }
                 Job::Release(done) => {
                     for spare in std::mem::take(&mut *self.ready.lock()) {
@@ -190,11 +205,6 @@ impl Worker {
             Ok(()) => self.ready.lock().push(name.to_owned()),
             Err(_) => drop(std::fs::remove_file(name)),
         }
-    }
-
-    fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<()> {
-        let directory = RealDirectory::new(&self.directory);
-        Sliced::begin(directory, name, parts, usize::MAX)?.finish()
     }
 
     fn retire(&mut self, name: &str) -> io::Result<()> {
@@ -292,14 +302,27 @@ mod tests {
         let path = scratch.path();
         let aside = Aside::start(path).unwrap();
         let parts = |byte: u8| [vec![byte], vec![byte; 10], Vec::new()];
-        let (mut first, mut second) = (aside.store("a", parts(1)), aside.store("a", parts(2)));
-        second.finish().unwrap();
-        assert!(first.go_on().unwrap());
+        let stored = |mut store: StoredAside| {
+            while !store.go_on()? {
+                std::thread::yield_now();
+            }
+            Ok::<_, io::Error>(())
+        };
+        let (first, second) = (aside.store("a", parts(1)), aside.store("a", parts(2)));
+        stored(second).unwrap();
+        stored(first).unwrap();
         assert_eq!(std::fs::read(path.join("a")).unwrap(), [2; 11]);
         assert_eq!(names(path), ["a"]);
         // Its place is taken.
         std::fs::create_dir_all(path.join("b").join("c")).unwrap();
-        assert!(aside.store("b", parts(3)).finish().is_err());
+        assert!(stored(aside.store("b", parts(3))).is_err());
+        // Whoever gives up has it as it was, or as it was to be; never later.
+        for byte in 4..50 {
+            Box::new(aside.store("a", parts(byte))).give_up();
+            let found = std::fs::read(path.join("a")).unwrap();
+            aside.release();
+            assert_eq!(std::fs::read(path.join("a")).unwrap(), found);
+        }
     }
 
     #[test]

@@ -35,6 +35,11 @@ impl<D: Directory> Sliced<D> {
         })
     }
 
+    /// Does all that is left.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        self.write(usize::MAX).map(drop)
+    }
+
     fn write(&mut self, bytes: usize) -> io::Result<bool> {
         let (mut begin, mut room) = (0, bytes);
         for part in &self.parts {
@@ -59,12 +64,10 @@ impl<D: Directory> Sliced<D> {
     }
 }
 
-impl<D: Directory> Store for Sliced<D> {
+impl<D: Directory + 'static> Store for Sliced<D> {
     fn go_on(&mut self) -> io::Result<bool> {
         self.write(self.slice)
     }
 
-    fn finish(&mut self) -> io::Result<()> {
-        self.write(usize::MAX).map(drop)
-    }
+    fn give_up(self: Box<Self>) {}
 }

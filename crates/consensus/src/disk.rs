@@ -39,9 +39,10 @@ const SNAPSHOT_PREFIX: &str = "snapshot-";
 /// See [`Disk::keep_clock`].
 const CLOCK: &str = "clock";
 const CLOCK_VERSION: u8 = 1;
-/// Written and removed to find out whether there is room again.
+/// Written and removed to find out whether there is room again: for the spares that were given back,
+/// too, or there would soon be none.
 const PROBE: &str = "room.tmp";
-const PROBE_BYTES: usize = 32 * 1024 * 1024;
+const PROBE_BYTES: usize = 64 * 1024 * 1024;
 
 /// The catalog's files failed; the host stops, because a state that was not written must not be
 /// acted upon.
@@ -116,14 +117,15 @@ struct State {
 
 /// The files.
 pub(crate) struct Disk {
+    /// Snapshots that are not in force yet. Dropped before the directory: what was not begun is not
+    /// done.
+    storing: BTreeMap<GroupId, Storing>,
     directory: Box<dyn Directory>,
     path: PathBuf,
     wal: Wal,
     states: BTreeMap<GroupId, State>,
     places: BTreeMap<GroupId, Places>,
     clock: Revision,
-    /// Snapshots that are not in force yet.
-    storing: BTreeMap<GroupId, Storing>,
 }
 
 impl std::fmt::Debug for Disk {

@@ -205,9 +205,6 @@ impl Engine {
                 group.leader = group.leader.filter(|leader| *leader != own);
             }
         });
-        // Who waits for them learns that it is in vain.
-        self.replica.core.groups.clear();
-        self.replica.release_room();
         loop {
             let again = Instant::now() + ROOM_INTERVAL;
             loop {
@@ -237,6 +234,9 @@ impl Engine {
                     Err(RecvTimeoutError::Timeout) => break,
                 }
             }
+            // Who waits for them learns that it is in vain.
+            self.replica.core.groups.clear();
+            self.replica.release_room();
             if self.home.has_room()? {
                 match self.open_again() {
                     Err(DiskError::Full(_)) => {}

@@ -1,6 +1,6 @@
 //! Where the catalog's files are: a directory on a disk, or one in memory that can fail as disks do.
 //!
-//! The catalog touches files only through these two traits, so that a test decides what a power
+//! The catalog touches files only through these traits, so that a test decides what a power
 //! cut leaves behind.
 
 mod aside;
@@ -17,6 +17,9 @@ use self::sliced::Sliced;
 
 /// Behind the name of a file that is not whole. Opening the catalog removes what a crash left.
 pub(crate) const UNFINISHED: &str = ".tmp";
+
+/// So much of a file that is stored is synced at once: the syncs of others may wait for it.
+const SLICE_BYTES: usize = 1024 * 1024;
 
 /// One directory of files.
 pub(crate) trait Directory: Send {
@@ -144,7 +147,13 @@ impl Directory for RealDirectory {
     }
 
     fn store(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<()> {
-        Sliced::begin(Self::new(&self.path), name, parts, usize::MAX)?.finish()
+        let stored = Sliced::begin(Self::new(&self.path), name, parts, SLICE_BYTES)
+            .and_then(|mut file| file.finish());
+        if stored.is_err() {
+            // The disk may be full.
+            let _ = self.remove(&format!("{name}{UNFINISHED}"));
+        }
+        stored
     }
 
     fn store_aside(&self, name: &str, parts: [Vec<u8>; 3]) -> io::Result<Box<dyn Store>> {
@@ -180,7 +189,7 @@ impl Medium for RealMedium {
 /// A directory in memory that loses what was not synced.
 #[cfg(any(test, feature = "simulation"))]
 pub(crate) mod memory {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, VecDeque};
     use std::sync::Arc;
 
     use parking_lot::Mutex;
@@ -190,6 +199,8 @@ pub(crate) mod memory {
     use super::*;
 
     const SECTOR: usize = 512;
+    /// Files that are retired and still there.
+    const RETIRED: usize = 2;
 
     #[derive(Debug, Default, Clone)]
     struct Content {
@@ -227,6 +238,10 @@ pub(crate) mod memory {
         /// How many files were made that may have room.
         roomy: u64,
         slice_bytes: Option<usize>,
+        /// How many files were stored aside.
+        stored: u64,
+        /// What is to be removed and is still there.
+        retired: VecDeque<String>,
     }
 
     /// See [`Directory`].
@@ -347,7 +362,14 @@ pub(crate) mod memory {
     impl Directory for MemoryDirectory {
         fn list(&self) -> io::Result<Vec<String>> {
             operation(&self.inner)?;
-            Ok(self.inner.lock().files.keys().cloned().collect())
+            let mut inner = self.inner.lock();
+            // Whoever was to remove them is gone, and has come to any of them.
+            let mut retired = std::mem::take(&mut inner.retired);
+            retired.truncate(inner.roomy as usize % (RETIRED + 1));
+            for name in retired {
+                inner.files.remove(&name);
+            }
+            Ok(inner.files.keys().cloned().collect())
         }
 
         fn read(&self, name: &str) -> io::Result<Vec<u8>> {
@@ -415,11 +437,29 @@ pub(crate) mod memory {
             let directory = Self {
                 inner: Arc::clone(&self.inner),
             };
-            Ok(Box::new(Sliced::begin(directory, name, parts, slice)?))
+            let mut file = Sliced::begin(directory, name, parts, slice)?;
+            let stored = {
+                let mut inner = self.inner.lock();
+                inner.stored += 1;
+                inner.stored
+            };
+            // It may be there before anything else happens.
+            if stored.is_multiple_of(3) {
+                file.finish()?;
+            }
+            Ok(Box::new(file))
         }
 
         fn retire(&self, name: &str) -> io::Result<()> {
-            self.remove(name)
+            operation(&self.inner)?;
+            let mut inner = self.inner.lock();
+            inner.retired.push_back(name.to_owned());
+            if inner.retired.len() > RETIRED
+                && let Some(oldest) = inner.retired.pop_front()
+            {
+                inner.files.remove(&oldest);
+            }
+            Ok(())
         }
     }
 

@@ -165,8 +165,7 @@ impl Replica {
             let mut batches = VecDeque::new();
             self.core.complete(&mut batches);
             let busy = self.core.busy();
-            // Nor does it wait for a file.
-            if !busy && (self.disk.is_storing() || !effects.more()) {
+            if !busy && !effects.more() {
                 self.flush(effects);
             }
             effects.applied(&self.core.groups, batches);

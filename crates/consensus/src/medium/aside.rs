@@ -1,15 +1,16 @@
-//! What a thread does aside, because no write of the catalog should wait for it (measured on ext4,
-//! docs/benchmarks.md):
+//! What a thread does aside, because no write of the catalog should wait for it (ADR 0007):
 //!
 //! - files of zeros in reserve, and files that are not needed any more: to make a file larger takes a
 //!   file system 1.2 ms for each MiB, to remove one of 16 MiB 15 ms. The one is made from the other.
 //! - files that are written as a whole: their data, and then their names, are synced.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
@@ -42,6 +43,7 @@ enum Job {
 pub(super) struct Aside {
     jobs: Option<Sender<Job>>,
     ready: Arc<Mutex<Vec<PathBuf>>>,
+    stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -49,11 +51,13 @@ impl Aside {
     pub(super) fn start(directory: &Path) -> io::Result<Self> {
         let (jobs, queue) = channel();
         let ready = Arc::<Mutex<Vec<PathBuf>>>::default();
+        let stop = Arc::<AtomicBool>::default();
         let mut worker = Worker {
             directory: directory.to_owned(),
             ready: Arc::clone(&ready),
+            stop: Arc::clone(&stop),
             made: 0,
-            broken: false,
+            old: VecDeque::new(),
         };
         let thread = std::thread::Builder::new()
             .name("krake-files".to_owned())
@@ -61,6 +65,7 @@ impl Aside {
         Ok(Self {
             jobs: Some(jobs),
             ready,
+            stop,
             thread: Some(thread),
         })
     }
@@ -79,14 +84,18 @@ impl Aside {
         let Some(spare) = spare else {
             return Ok(None);
         };
-        std::fs::rename(spare, name)?;
+        match std::fs::rename(spare, name) {
+            // Somebody tidied up.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            renamed => renamed?,
+        }
         let file = OpenOptions::new().write(true).open(name)?;
         let room = file.metadata()?.len();
         Ok(Some((file, room)))
     }
 
-    /// Removes a file after those that were given before. After an error nothing is removed any
-    /// more: of a row of files the oldest are missing, never one in between.
+    /// Removes a file after those that were given before: of a row of files the oldest are missing,
+    /// never one in between. One that cannot be removed is tried again with the next.
     pub(super) fn retire(&self, name: &str) {
         self.ask(Job::Retire(name.to_owned()));
     }
@@ -108,11 +117,21 @@ impl Aside {
 }
 
 impl Drop for Aside {
+    /// What was not begun is not done.
     fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
         self.jobs = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        remove(&self.ready);
+    }
+}
+
+/// Their room may be needed.
+fn remove(spares: &Mutex<Vec<PathBuf>>) {
+    for spare in std::mem::take(&mut *spares.lock()) {
+        let _ = std::fs::remove_file(spare);
     }
 }
 
@@ -150,33 +169,29 @@ impl Drop for StoredAside {
 struct Worker {
     directory: PathBuf,
     ready: Arc<Mutex<Vec<PathBuf>>>,
+    stop: Arc<AtomicBool>,
     /// Counts files in reserve: no two have one name.
     made: u64,
-    /// A file could not be removed.
-    broken: bool,
+    /// Files that are to be removed, in this order.
+    old: VecDeque<String>,
 }
 
 impl Worker {
     fn work(&mut self, queue: &Receiver<Job>) {
         for job in queue {
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
             match job {
                 Job::Prepare(bytes) if self.ready.lock().is_empty() => {
                     let name = self.next_name();
-                    // Without room there is none, and whoever writes next says so.
-                    self.keep(
-                        &name,
-                        File::create(&name).and_then(|file| fill(&file, bytes)),
-                    );
+                    let filled = File::create(&name).and_then(|file| self.fill(&file, bytes));
+                    self.keep(&name, filled);
                 }
                 Job::Prepare(_) => {}
-                Job::Retire(name) if self.broken => {
-                    warn!(name, "an old file stays until the next start");
-                }
                 Job::Retire(name) => {
-                    if let Err(error) = self.retire(&name) {
-                        self.broken = true;
-                        warn!(name, %error, "an old file could not be removed: it and those after it stay until the next start");
-                    }
+                    self.old.push_back(name);
+                    self.retire_old();
                 }
                 Job::Store(name, parts, done) => {
                     let parts = parts.lock().take();
@@ -185,11 +200,19 @@ impl Worker {
                     }
                 }
                 Job::Release(done) => {
-                    for spare in std::mem::take(&mut *self.ready.lock()) {
-                        let _ = std::fs::remove_file(spare);
-                    }
+                    remove(&self.ready);
                     let _ = done.send(());
                 }
+            }
+        }
+    }
+
+    fn retire_old(&mut self) {
+        while let Some(name) = self.old.pop_front() {
+            if let Err(error) = self.retire(&name) {
+                warn!(name, %error, "an old file could not be removed: it is tried again with the next");
+                self.old.push_front(name);
+                return;
             }
         }
     }
@@ -203,40 +226,61 @@ impl Worker {
     fn keep(&self, name: &Path, filled: io::Result<()>) {
         match filled {
             Ok(()) => self.ready.lock().push(name.to_owned()),
-            Err(_) => drop(std::fs::remove_file(name)),
+            Err(error) => {
+                // Without room there is none, and whoever writes next says so.
+                let full = error.kind() == io::ErrorKind::StorageFull;
+                if !full && !self.stop.load(Ordering::Relaxed) {
+                    warn!(%error, "no file could be made in reserve");
+                }
+                let _ = std::fs::remove_file(name);
+            }
         }
+    }
+
+    /// Writes zeros durably, unless it is to stop.
+    fn fill(&self, file: &File, bytes: u64) -> io::Result<()> {
+        let mut at = 0;
+        while at < bytes {
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let piece = &PIECE[..(bytes - at).min(PIECE.len() as u64) as usize];
+            file.write_all_at(piece, at)?;
+            file.sync_data()?;
+            at += piece.len() as u64;
+        }
+        Ok(())
     }
 
     fn retire(&mut self, name: &str) -> io::Result<()> {
         let old = self.directory.join(name);
-        if self.ready.lock().len() >= SPARES_MAX {
-            std::fs::remove_file(old)?;
-            return sync_directory(&self.directory);
-        }
         let spare = self.next_name();
-        std::fs::rename(old, &spare)?;
+        let many = self.ready.lock().len() >= SPARES_MAX;
+        let gone = if many {
+            std::fs::remove_file(old)
+        } else {
+            std::fs::rename(old, &spare)
+        };
+        let missing = match gone {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+            gone => {
+                gone?;
+                false
+            }
+        };
         // Nothing of it is overwritten as long as it could come back under its old name.
         sync_directory(&self.directory)?;
+        if many || missing {
+            return Ok(());
+        }
         let file = OpenOptions::new().write(true).open(&spare);
         let filled = file.and_then(|file| {
             let bytes = file.metadata()?.len();
-            fill(&file, bytes)
+            self.fill(&file, bytes)
         });
         self.keep(&spare, filled);
         Ok(())
     }
-}
-
-/// Writes zeros durably.
-fn fill(file: &File, bytes: u64) -> io::Result<()> {
-    let mut at = 0;
-    while at < bytes {
-        let piece = &PIECE[..(bytes - at).min(PIECE.len() as u64) as usize];
-        file.write_all_at(piece, at)?;
-        file.sync_data()?;
-        at += piece.len() as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -276,24 +320,33 @@ mod tests {
         }
     }
 
+    /// When this returns, what was asked for is done.
+    fn settle(aside: &Aside) {
+        let store = aside.store("settled", [Vec::new(), Vec::new(), Vec::new()]);
+        let _ = store.stored.recv();
+    }
+
     #[test]
     fn no_more_are_kept_than_wanted_and_none_when_room_is_needed() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path();
         let aside = Aside::start(path).unwrap();
-        let old: Vec<String> = (0..4).map(|number| format!("old-{number}")).collect();
-        for name in &old {
-            std::fs::write(path.join(name), [7; 10]).unwrap();
-            aside.retire(name);
-        }
-        drop(aside);
-        assert_eq!(names(path), ["spare-1.tmp", "spare-2.tmp"]);
-        let aside = Aside::start(path).unwrap();
-        std::fs::write(path.join("old"), [7; 10]).unwrap();
-        aside.retire("old");
+        let retire = |number| {
+            let name = format!("old-{number}");
+            std::fs::write(path.join(&name), [7; 10]).unwrap();
+            aside.retire(&name);
+        };
+        (0..4).for_each(retire);
+        settle(&aside);
+        let both = ["settled", "spare-1.tmp", "spare-2.tmp"];
+        assert_eq!(names(path), both);
         aside.release();
-        assert!(aside.ready.lock().is_empty());
-        assert!(!path.join("old").exists());
+        assert_eq!(names(path), ["settled"]);
+        retire(4);
+        settle(&aside);
+        assert_eq!(names(path).len(), 2);
+        drop(aside);
+        assert_eq!(names(path), ["settled"]);
     }
 
     #[test]
@@ -316,6 +369,7 @@ mod tests {
         // Its place is taken.
         std::fs::create_dir_all(path.join("b").join("c")).unwrap();
         assert!(stored(aside.store("b", parts(3))).is_err());
+        assert_eq!(names(path), ["a", "b"]);
         // Whoever gives up has it as it was, or as it was to be; never later.
         for byte in 4..50 {
             Box::new(aside.store("a", parts(byte))).give_up();
@@ -326,14 +380,23 @@ mod tests {
     }
 
     #[test]
-    fn after_a_file_that_cannot_be_removed_none_is() {
+    fn what_cannot_be_removed_is_tried_again_before_what_came_after_it() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path();
         let aside = Aside::start(path).unwrap();
-        std::fs::write(path.join("second"), [7; 10]).unwrap();
-        aside.retire("first");
-        aside.retire("second");
-        drop(aside);
-        assert_eq!(names(path), ["second"]);
+        for name in ["a", "b", "d", "e"] {
+            std::fs::write(path.join(name), [7; 10]).unwrap();
+        }
+        // Those become spares; a directory is no file that can be removed.
+        std::fs::create_dir(path.join("c")).unwrap();
+        for name in ["a", "b", "c", "d"] {
+            aside.retire(name);
+        }
+        settle(&aside);
+        assert_eq!(names(path)[..3], ["c", "d", "e"]);
+        std::fs::remove_dir(path.join("c")).unwrap();
+        aside.retire("e");
+        aside.release();
+        assert_eq!(names(path), ["settled"]);
     }
 }

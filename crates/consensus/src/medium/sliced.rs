@@ -16,6 +16,7 @@ pub(super) struct Sliced<D> {
     at: usize,
     /// Bytes that are written and synced at once.
     slice: usize,
+    is_whole: bool,
 }
 
 impl<D: Directory> Sliced<D> {
@@ -32,12 +33,16 @@ impl<D: Directory> Sliced<D> {
             parts,
             at: 0,
             slice,
+            is_whole: false,
         })
     }
 
     /// Does all that is left.
     pub(super) fn finish(&mut self) -> io::Result<()> {
-        self.write(usize::MAX).map(drop)
+        while !self.is_whole {
+            self.is_whole = self.write(self.slice)?;
+        }
+        Ok(())
     }
 
     fn write(&mut self, bytes: usize) -> io::Result<bool> {
@@ -65,8 +70,13 @@ impl<D: Directory> Sliced<D> {
 }
 
 impl<D: Directory + 'static> Store for Sliced<D> {
+    /// That all is done is told with the next step: whoever does it aside is not seen at once.
     fn go_on(&mut self) -> io::Result<bool> {
-        self.write(self.slice)
+        if self.is_whole {
+            return Ok(true);
+        }
+        self.is_whole = self.write(self.slice)?;
+        Ok(false)
     }
 
     fn give_up(self: Box<Self>) {}

@@ -68,33 +68,23 @@ impl Feeds {
 
     /// Tells what was applied together.
     pub(crate) fn tell(&self, batches: &VecDeque<Batch>) {
-        let send = |feed: &Sender<Round>, wanted: &dyn Fn(&Batch) -> bool| {
-            if feed.receiver_count() == 0 {
-                return;
-            }
-            let round: Round = batches.iter().filter(|one| wanted(one)).cloned().collect();
+        // Whoever listened may be gone: nobody hears of it then.
+        for (prefixes, feed) in self.prefixes.read().iter() {
+            let wanted = |batch: &&Batch| prefixes.iter().any(|prefix| batch.touches(prefix));
+            let round: Round = batches.iter().filter(wanted).cloned().collect();
             if !round.is_empty() {
-                // Whoever listened may be gone by now.
                 let _ = feed.send(round);
             }
-        };
-        for (prefixes, feed) in self.prefixes.read().iter() {
-            let wanted = |batch: &Batch| prefixes.iter().any(|prefix| batch.touches(prefix));
-            send(feed, &wanted);
         }
         let feeds = self.groups.read();
-        if feeds.is_empty() {
-            return;
-        }
-        let mut told = Vec::new();
+        let mut rounds: BTreeMap<GroupId, Vec<Batch>> = BTreeMap::new();
         for batch in batches {
-            if told.contains(&batch.group) {
-                continue;
+            if feeds.contains_key(&batch.group) {
+                rounds.entry(batch.group).or_default().push(batch.clone());
             }
-            told.push(batch.group);
-            if let Some(feed) = feeds.get(&batch.group) {
-                send(feed, &|one| one.group == batch.group);
-            }
+        }
+        for (group, round) in rounds {
+            let _ = feeds[&group].send(round.into());
         }
     }
 }

@@ -308,9 +308,8 @@ mod tests {
         let old = path.join("old");
         std::fs::write(&old, vec![7; BYTES as usize]).unwrap();
         aside.retire("old");
-        while aside.ready.lock().len() < 2 {
-            std::thread::yield_now();
-        }
+        settle(&aside);
+        assert_eq!(aside.ready.lock().len(), 2);
         assert!(!old.exists());
         for name in ["second", "third"] {
             let name = path.join(name);

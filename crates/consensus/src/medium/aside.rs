@@ -1,7 +1,8 @@
 //! What a thread does aside, because no write of the catalog should wait for it (ADR 0007):
 //!
 //! - files of zeros in reserve, and files that are not needed any more: to make a file larger takes a
-//!   file system 1.2 ms for each MiB, to remove one of 16 MiB 15 ms. The one is made from the other.
+//!   file system more than 1.2 ms for each MiB, to remove one of 16 MiB 15 ms. The one is made from
+//!   the other.
 //! - files that are written as a whole: their data, and then their names, are synced.
 
 use std::collections::VecDeque;

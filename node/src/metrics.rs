@@ -156,6 +156,11 @@ fn counters(registry: &mut Registry, federation: &Federation) {
             "Connections made with other nodes",
             &traffic.connections,
         ),
+        (
+            "quic_connections",
+            "Connections made with other nodes over QUIC; the others are over TCP",
+            &traffic.quic_connections,
+        ),
     ] {
         let counter: Counter = Counter::default();
         counter.inc_by(counted.load(Ordering::Relaxed));

@@ -8,6 +8,7 @@ mod pinger;
 pub(crate) mod shared;
 mod swarm;
 mod task;
+mod transports;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -20,7 +21,6 @@ use krake_model::codec;
 use krake_model::ids::{FederationId, NodeId};
 use krake_model::report::SignedReport;
 use libp2p::PeerId;
-use libp2p::core::Multiaddr;
 use libp2p::multiaddr::Protocol;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -106,6 +106,8 @@ pub struct Traffic {
     pub reports: AtomicU64,
     /// Connections made, by either side.
     pub connections: AtomicU64,
+    /// Those of them over QUIC; the others are over TCP.
+    pub quic_connections: AtomicU64,
 }
 
 /// The handle; cheap to clone.
@@ -133,28 +135,6 @@ fn peer_id(node: NodeId) -> Option<PeerId> {
 
 fn node_id(peer: &PeerId) -> Option<NodeId> {
     NodeId::from_peer_id_bytes(&peer.to_bytes())
-}
-
-/// The QUIC and the TCP address of an `IP:PORT` or `HOST:PORT`.
-fn multiaddrs(address: &str) -> Vec<Multiaddr> {
-    let host_port = address.rsplit_once(':').and_then(|(host, port)| {
-        let port: u16 = port.parse().ok()?;
-        Some((host.trim_matches(['[', ']']), port))
-    });
-    let Some((host, port)) = host_port else {
-        return Vec::new();
-    };
-    let first = match host.parse::<std::net::IpAddr>() {
-        Ok(ip) => Protocol::from(ip),
-        Err(_) => Protocol::Dns(host.into()),
-    };
-    let base = Multiaddr::empty().with(first);
-    vec![
-        base.clone()
-            .with(Protocol::Udp(port))
-            .with(Protocol::QuicV1),
-        base.with(Protocol::Tcp(port)),
-    ]
 }
 
 impl Network {
@@ -325,12 +305,11 @@ impl Network {
                 reason: "its id is no Ed25519 key".to_owned(),
             });
         };
-        let addresses: Vec<Multiaddr> = addresses.iter().flat_map(|a| multiaddrs(a)).collect();
         let deadline = tokio::time::Instant::now() + timeout;
         loop {
             // Again in each round: a dial may fail because the other node is busy. While one is
             // under way or the connection is there, this does nothing.
-            let dial = Command::Dial(peer, addresses.clone());
+            let dial = Command::Dial(peer, addresses.to_vec());
             let _ = self.commands.send(dial).await;
             let left = deadline.saturating_duration_since(tokio::time::Instant::now());
             let mut control = self.join.clone();

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -12,6 +14,7 @@ use krake_model::ids::{FederationId, NodeId};
 use krake_model::report::{SignedReport, SiteReport};
 use krake_model::time::Timestamp;
 use parking_lot::Mutex;
+use tokio::net::UdpSocket;
 
 const LIMIT: Duration = Duration::from_secs(20);
 const FEDERATION: FederationId = FederationId::from_bytes([3; 32]);
@@ -170,6 +173,81 @@ async fn members_exchange_frames_calls_and_reports() {
         a.network.publish(report(a, sequence)).await;
         has_report(b, a, sequence).await;
         has_report(c, a, sequence).await;
+    }
+}
+
+fn connections(member: &Member) -> (u64, u64) {
+    let traffic = member.network.traffic();
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    (
+        count(&traffic.connections),
+        count(&traffic.quic_connections),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_one_link_connections_are_over_tcp() {
+    let members = started(3).await;
+    admit(&members.iter().collect::<Vec<_>>()).await;
+    for member in &members {
+        let (all, quic) = connections(member);
+        assert!(all >= 2 && quic == 0, "{quic} of {all} over QUIC");
+    }
+}
+
+/// Passes datagrams on to `to`, and what comes from there back to whoever sent last.
+async fn relay(to: SocketAddr) -> SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = socket.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut sender, mut datagram) = (None, vec![0; 65_536]);
+        while let Ok((length, from)) = socket.recv_from(&mut datagram).await {
+            if from != to {
+                sender = Some(from);
+            }
+            let next = if from == to { sender } else { Some(to) };
+            if let Some(next) = next {
+                let _ = socket.send_to(&datagram[..length], next).await;
+            }
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_tcp_is_refused_quic_gets_through() {
+    let members = started(2).await;
+    let (a, b) = (&members[0], &members[1]);
+    let at = relay(b.peer.addresses[0].parse().unwrap()).await;
+    let known = |member: &Member, addresses| Peer {
+        node: member.peer.node,
+        addresses,
+    };
+    let seen_by_b = vec![known(a, Vec::new()), b.peer.clone()];
+    b.network.set_members(seen_by_b).await;
+    let seen_by_a = vec![a.peer.clone(), known(b, vec![at.to_string()])];
+    a.network.set_members(seen_by_a).await;
+    let start = Instant::now();
+    while let Err(error) = a.network.call(b.peer.node, b"there?", LIMIT).await {
+        assert!(start.elapsed() < LIMIT, "{error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (all, quic) = connections(a);
+    assert!(all >= 1 && quic == all, "{quic} of {all} over QUIC");
+    for (from, to) in [(a, b), (b, a)] {
+        // More than the relay takes at once: what it drops is sent again.
+        let frames: Vec<Vec<u8>> = (0..20).map(|number| vec![number; 100_000]).collect();
+        for frame in &frames {
+            assert!(from.network.send_frame(to.peer.node, frame.clone()));
+        }
+        until("all frames are there", || {
+            to.recorder.frames.lock().len() == frames.len()
+        })
+        .await;
+        let arrived = to.recorder.frames.lock().clone();
+        assert!(arrived.into_iter().map(|(_, frame)| frame).eq(frames));
+        from.network.publish(report(from, 1)).await;
+        has_report(to, from, 1).await;
     }
 }
 

@@ -5,14 +5,16 @@ use std::time::{Duration, Instant};
 
 use krake_model::ids::NodeId;
 use libp2p::PeerId;
-use libp2p::core::Multiaddr;
+use libp2p::core::ConnectedPoint;
+use libp2p::multiaddr::Protocol;
 use libp2p::swarm::ConnectionId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use tracing::debug;
 
 use super::shared::{OUTSIDER_TIME, Shared};
 use super::task::SwarmTask;
-use super::{multiaddrs, node_id, peer_id};
+use super::transports::Links;
+use super::{node_id, peer_id};
 use crate::pace;
 
 /// The side with the larger id waits this long before it dials too, so that two nodes seldom end
@@ -39,7 +41,8 @@ pub(super) struct Made {
 }
 
 impl SwarmTask {
-    pub(super) fn dial(&mut self, peer: PeerId, addresses: Vec<Multiaddr>) {
+    pub(super) fn dial(&mut self, peer: PeerId, addresses: &[String], links: &Links) {
+        let addresses = self.dials.addresses(&peer, addresses, links);
         let members = self
             .shared
             .upgrade()
@@ -59,10 +62,10 @@ impl SwarmTask {
         let addresses = {
             let peers = shared.peers.read();
             let known = peers.iter().find(|known| known.node == node);
-            known.map(|known| known.addresses.iter().flat_map(|a| multiaddrs(a)).collect())
+            known.map(|known| known.addresses.clone())
         };
         if let Some(addresses) = addresses {
-            self.dial(peer, addresses);
+            self.dial(peer, &addresses, &Links::read());
         }
     }
 
@@ -72,6 +75,7 @@ impl SwarmTask {
         };
         let peers = shared.peers.read().clone();
         let now = Instant::now();
+        let mut links = None;
         for known in peers {
             let Some(peer) = peer_id(known.node).filter(|_| known.node != shared.own) else {
                 continue;
@@ -83,8 +87,8 @@ impl SwarmTask {
             let since = *self.wanted_since.entry(peer).or_insert(now);
             let mine = shared.own < known.node;
             if mine || now.duration_since(since) >= SECOND_DIALLER_WAIT {
-                let addresses = known.addresses.iter().flat_map(|a| multiaddrs(a)).collect();
-                self.dial(peer, addresses);
+                let links = links.get_or_insert_with(Links::read);
+                self.dial(peer, &known.addresses, links);
             }
         }
     }
@@ -93,13 +97,24 @@ impl SwarmTask {
         &mut self,
         peer: PeerId,
         connection: ConnectionId,
-        incoming: bool,
+        endpoint: &ConnectedPoint,
     ) {
+        let incoming = endpoint.is_listener();
         if incoming {
             self.close_older(peer);
         }
         if let Some(shared) = self.shared.upgrade() {
             shared.traffic.connections.fetch_add(1, Ordering::Relaxed);
+            if endpoint
+                .get_remote_address()
+                .iter()
+                .any(|part| part == Protocol::QuicV1)
+            {
+                shared
+                    .traffic
+                    .quic_connections
+                    .fetch_add(1, Ordering::Relaxed);
+            }
         }
         let member = self.swarm.behaviour().members.is_admitted(connection);
         let made = Made {
@@ -110,6 +125,7 @@ impl SwarmTask {
         };
         self.connections.insert(connection, made);
         self.wanted_since.remove(&peer);
+        self.dials.connected(&peer);
         if member {
             self.on_connected(peer);
         }

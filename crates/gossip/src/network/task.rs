@@ -20,6 +20,7 @@ use super::peer_id;
 use super::pinger::Pinger;
 use super::shared::Shared;
 use super::swarm::topic;
+use super::transports::{Dials, Links};
 use crate::behaviour::{Behaviour, BehaviourEvent, InnerEvent};
 
 /// How often connections, silence and missed reports are looked after.
@@ -34,7 +35,7 @@ pub(super) enum Command {
     /// The members are others than before.
     Members,
     Publish(Vec<u8>),
-    Dial(PeerId, Vec<Multiaddr>),
+    Dial(PeerId, Vec<String>),
     Block(BTreeSet<PeerId>),
     Listening(oneshot::Sender<Vec<Multiaddr>>),
 }
@@ -48,6 +49,7 @@ pub(super) struct SwarmTask {
     pub(super) connections: BTreeMap<ConnectionId, Made>,
     /// Since when a member without a connection is wanted.
     pub(super) wanted_since: BTreeMap<PeerId, Instant>,
+    pub(super) dials: Dials,
     last_care: Instant,
     last_exchange: Instant,
     turn: usize,
@@ -73,6 +75,7 @@ impl SwarmTask {
             exchange,
             connections: BTreeMap::new(),
             wanted_since: BTreeMap::new(),
+            dials: Dials::default(),
             last_care: Instant::now(),
             last_exchange: Instant::now(),
             turn: 0,
@@ -106,6 +109,10 @@ impl SwarmTask {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Members => {
+                if let Some(shared) = self.shared.upgrade() {
+                    self.wanted_since.retain(|peer, _| shared.is_member(peer));
+                    self.dials.retain(|peer| shared.is_member(peer));
+                }
                 self.close_wrong();
                 self.dial_members();
             }
@@ -120,7 +127,7 @@ impl SwarmTask {
                     Err(error) => debug!(%error, "a report was not gossiped"),
                 }
             }
-            Command::Dial(peer, addresses) => self.dial(peer, addresses),
+            Command::Dial(peer, addresses) => self.dial(peer, &addresses, &Links::read()),
             Command::Block(peers) => {
                 let blocked = &mut self.swarm.behaviour_mut().blocked;
                 let old: Vec<PeerId> = blocked.blocked_peers().iter().copied().collect();
@@ -176,7 +183,7 @@ impl SwarmTask {
                 connection_id,
                 endpoint,
                 ..
-            } => self.on_established(peer_id, connection_id, endpoint.is_listener()),
+            } => self.on_established(peer_id, connection_id, &endpoint),
             SwarmEvent::ConnectionClosed {
                 peer_id,
                 connection_id,
@@ -191,6 +198,9 @@ impl SwarmTask {
             ))) => self.on_message(&propagation_source, &message_id, &message.data),
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
                 debug!(?peer_id, %error, "a dial failed");
+                if let Some(peer) = peer_id {
+                    self.dials.failed(peer, &error);
+                }
             }
             _ => {}
         }
@@ -203,8 +213,8 @@ impl SwarmTask {
         let acceptance =
             match codec::decode::<SignedReport>(EXCHANGE_VERSION, data, REPORT_BYTES_MAX + 1024) {
                 Ok(report) => {
-                    shared.traffic.reports.fetch_add(1, Ordering::Relaxed);
                     if shared.take_report(report) {
+                        shared.traffic.reports.fetch_add(1, Ordering::Relaxed);
                         gossipsub::MessageAcceptance::Accept
                     } else {
                         gossipsub::MessageAcceptance::Ignore

@@ -493,6 +493,16 @@ async fn a_page_of_a_moment_that_is_not_known_any_more_is_refused_and_can_go_on(
             "resourceVersion=7&resourceVersionMatch=Newest",
             "Unsupported value",
         ),
+        ("sendInitialEvents=false", "a list has no events"),
+        ("watch=true&sendInitialEvents=true", "NotOlderThan only"),
+        (
+            "watch=true&resourceVersionMatch=NotOlderThan",
+            "with sendInitialEvents only",
+        ),
+        (
+            "watch=true&sendInitialEvents=true&resourceVersionMatch=Exact",
+            "Unsupported value",
+        ),
     ] {
         let raw = format!("{path}?{query}");
         let error = api.refused(&["get", "--raw", &raw]).await;

@@ -464,6 +464,20 @@ impl Generator<'_> {
                 .query
                 .push(("resourceVersionMatch", rule.to_owned()));
         }
+        if self.dice.chance(6) {
+            // Only what is refused: the answer to a watch has no end.
+            let options = self.dice.pick(&[
+                "watch=true&sendInitialEvents=true",
+                "watch=true&resourceVersionMatch=NotOlderThan",
+                "watch=true&resourceVersionMatch=Exact",
+                "sendInitialEvents=true",
+                "sendInitialEvents=false",
+            ]);
+            let options = options.split('&').filter_map(|one| one.split_once('='));
+            request.query = options
+                .map(|(name, value)| (name, value.to_owned()))
+                .collect();
+        }
         if self.dice.chance(25) {
             request.accept = TABLE;
             if self.dice.chance(50) {

@@ -66,7 +66,7 @@ impl Part {
         };
         let asked = query.get("resourceVersion");
         let matched = query.get("resourceVersionMatch");
-        check_match(matched, asked, query.get("continue"))?;
+        check_options(query)?;
         if let Some(text) = query.get("continue") {
             if asked.is_some_and(|asked| asked != "0") {
                 return Err(ApiError::bad_request(
@@ -93,29 +93,58 @@ impl Part {
     }
 }
 
-fn check_match(
-    matched: Option<&str>,
-    revision: Option<&str>,
-    going_on: Option<&str>,
-) -> Result<(), ApiError> {
-    let Some(matched) = matched else {
-        return Ok(());
-    };
-    const FIELD: &str = "resourceVersionMatch";
-    let forbidden =
-        |why: &str| Cause::new(FIELD, format!("Forbidden: {why}")).because("FieldValueForbidden");
+const MATCH: &str = "resourceVersionMatch";
+const INITIAL: &str = "sendInitialEvents";
+
+fn forbidden(field: &'static str, why: &str) -> Cause {
+    Cause::new(field, format!("Forbidden: {why}")).because("FieldValueForbidden")
+}
+
+/// Options that a list cannot have, or not together, as Kubernetes refuses them.
+fn check_options(query: &Query) -> Result<(), ApiError> {
     let mut causes = Vec::new();
-    if revision.is_none() {
-        causes.push(forbidden("there is no resourceVersion to match"));
+    if let Some(matched) = query.get(MATCH) {
+        let revision = query.get("resourceVersion");
+        if revision.is_none() {
+            causes.push(forbidden(MATCH, "there is no resourceVersion to match"));
+        }
+        if query.get("continue").is_some() {
+            causes.push(forbidden(MATCH, "continue says which revision is read"));
+        }
+        if !matches!(matched, "Exact" | "NotOlderThan") {
+            causes.push(not_supported(MATCH, "Exact, NotOlderThan"));
+        }
+        if matched == "Exact" && revision == Some("0") {
+            causes.push(forbidden(MATCH, "resourceVersion 0 is no exact one"));
+        }
     }
-    if going_on.is_some() {
-        causes.push(forbidden("continue says which revision is read"));
+    if query.get(INITIAL).is_some() {
+        causes.push(forbidden(INITIAL, "a list has no events, only a watch has"));
     }
-    if !matches!(matched, "Exact" | "NotOlderThan") {
-        causes.push(not_supported(FIELD, "Exact, NotOlderThan"));
+    refuse_options("ListOptions", causes)
+}
+
+/// The same for a watch.
+pub(super) fn check_watch_options(query: &Query) -> Result<(), ApiError> {
+    let mut causes = Vec::new();
+    let (matched, initial) = (query.get(MATCH), query.get(INITIAL));
+    if initial.is_some() && matched != Some("NotOlderThan") {
+        let why = "sendInitialEvents goes with resourceVersionMatch=NotOlderThan only";
+        causes.push(forbidden(MATCH, why));
     }
-    if matched == "Exact" && revision == Some("0") {
-        causes.push(forbidden("resourceVersion 0 is no exact one"));
+    if let Some(matched) = matched {
+        if initial.is_none() {
+            causes.push(forbidden(
+                MATCH,
+                "a watch has it with sendInitialEvents only",
+            ));
+        }
+        if matched != "NotOlderThan" {
+            causes.push(not_supported(MATCH, "NotOlderThan"));
+        }
+        if query.get("continue").is_some() {
+            causes.push(forbidden(MATCH, "continue is for lists"));
+        }
     }
     refuse_options("ListOptions", causes)
 }

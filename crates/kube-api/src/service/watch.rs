@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderValue, Response, header};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+use super::list::check_watch_options;
 use super::query::{Query, include, number, selectors};
 use super::{Service, Target, typed, wants_table};
 use crate::error::ApiError;
@@ -28,6 +29,7 @@ impl Service {
         query: &Query,
     ) -> Result<Response<Body>, ApiError> {
         let (labels, fields) = selectors(query)?;
+        check_watch_options(query)?;
         let from = query.get("resourceVersion");
         let send_initial = query.flag("sendInitialEvents");
         let scope = target.scope(&fields);

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use krake_consensus::{Command, Entry, Expect, Operation, ProposeError, ReadError};
+use itertools::Itertools as _;
+use krake_consensus::{Command, Entry, Expect, Listed, Operation, Part, ProposeError, ReadError};
 use krake_kube_api::store::{modified, set_revision};
 use krake_kube_api::{
     ApiError, EventLog, Freshness, Kind, LazyObject, Listing, Scope, Staleness, Store,
@@ -106,8 +107,8 @@ impl CatalogStore {
     async fn cut(
         &self,
         groups: &[GroupId],
-        prefix: &str,
-    ) -> Result<(Vec<(String, Entry)>, Revision), ApiError> {
+        part: Part<'_>,
+    ) -> Result<(Vec<Listed>, Revision), ApiError> {
         let host = &self.catalog.host;
         let deadline = Instant::now() + PATIENCE;
         let left = || deadline.saturating_duration_since(Instant::now());
@@ -128,11 +129,8 @@ impl CatalogStore {
             self.closed.fetch_max(at, Ordering::Relaxed);
             let mut found = Vec::new();
             for group in groups {
-                match host
-                    .list_at(*group, prefix, Revision::from_number(at))
-                    .await
-                {
-                    Ok(entries) => found.extend(entries),
+                match host.list_at(*group, part, Revision::from_number(at)).await {
+                    Ok(listed) => found.push(listed),
                     // Very much was written meanwhile.
                     Err(_) => continue 'again,
                 }
@@ -217,22 +215,26 @@ impl CatalogStore {
         Ok(())
     }
 
-    /// What was found, in order and as it is shown.
+    /// What was found in each group, in order and as it is shown.
     fn listing(
         &self,
         kind: &Kind,
         scope: Scope<'_>,
-        mut found: Vec<(String, Entry)>,
+        groups: Vec<Listed>,
         revision: Revision,
     ) -> Listing {
-        if let Some((namespace, name)) = scope.after {
-            let after = records::object_key(&kind.plural, namespace, name);
-            found.retain(|(key, _)| *key > after);
-        }
-        if let Some(name) = scope.name {
-            found.retain(|(key, _)| key.rsplit('/').next() == Some(name));
-        }
-        found.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let mut more = groups.iter().map(|listed| listed.more).sum();
+        let groups = groups.into_iter().map(|listed| listed.entries);
+        let mut found: Vec<(String, Entry)> = groups
+            .kmerge_by(|(one, _), (other, _)| one < other)
+            .filter(|(key, _)| {
+                let name = key.rsplit('/').next();
+                scope.name.is_none_or(|wanted| name == Some(wanted))
+            })
+            .collect();
+        let most = scope.most.unwrap_or(usize::MAX);
+        more += found.len().saturating_sub(most);
+        found.truncate(most);
         let items = found.into_iter().map(|(key, entry)| {
             let (overlay, plural) = (Arc::clone(&self.overlay), kind.plural.clone());
             LazyObject::later(move || {
@@ -243,6 +245,7 @@ impl CatalogStore {
         });
         Listing {
             items: items.collect(),
+            more,
             revision: revision.number(),
         }
     }
@@ -254,11 +257,37 @@ impl CatalogStore {
     }
 }
 
-/// What the keys of these objects begin with.
-fn prefix(kind: &Kind, scope: Scope<'_>) -> String {
-    match scope.namespace {
-        Some(namespace) => format!("{}/{namespace}/", kind.plural),
-        None => format!("{}/", kind.plural),
+/// The keys of the objects that are meant, but for their name.
+struct Range {
+    prefix: String,
+    after: Option<String>,
+    most: usize,
+}
+
+impl Range {
+    fn of(kind: &Kind, scope: Scope<'_>) -> Self {
+        let after = scope.after;
+        Self {
+            prefix: match scope.namespace {
+                Some(namespace) => format!("{}/{namespace}/", kind.plural),
+                None => format!("{}/", kind.plural),
+            },
+            after: after
+                .map(|(namespace, name)| records::object_key(&kind.plural, namespace, name)),
+            // Which of them have the name is seen later.
+            most: scope
+                .most
+                .filter(|_| scope.name.is_none())
+                .unwrap_or(usize::MAX),
+        }
+    }
+
+    fn part(&self) -> Part<'_> {
+        Part {
+            prefix: &self.prefix,
+            after: self.after.as_deref(),
+            most: self.most,
+        }
     }
 }
 
@@ -357,7 +386,7 @@ impl Store for CatalogStore {
         scope: Scope<'_>,
         freshness: Freshness,
     ) -> Result<Listing, ApiError> {
-        let (groups, prefix) = (self.groups(kind, scope), prefix(kind, scope));
+        let (groups, range) = (self.groups(kind, scope), Range::of(kind, scope));
         let as_it_is = match freshness {
             Freshness::Any => true,
             Freshness::AtLeast(revision) => self.has(&groups, revision),
@@ -366,16 +395,17 @@ impl Store for CatalogStore {
         let (found, revision) = match groups[..] {
             [group] => {
                 self.freshen(&groups, freshness).await?;
-                self.catalog.host.list(group, &prefix)
+                let (listed, revision) = self.catalog.host.list_part(group, range.part());
+                (vec![listed], revision)
             }
             // A watch from there may show again what is here already, and misses nothing.
             _ if as_it_is => {
                 let closed = self.closed.load(Ordering::Relaxed);
                 let lists = groups.iter();
-                let lists = lists.flat_map(|group| self.catalog.host.list(*group, &prefix).0);
+                let lists = lists.map(|group| self.catalog.host.list_part(*group, range.part()).0);
                 (lists.collect(), Revision::from_number(closed))
             }
-            _ => self.cut(&groups, &prefix).await?,
+            _ => self.cut(&groups, range.part()).await?,
         };
         Ok(self.listing(kind, scope, found, revision))
     }
@@ -389,11 +419,11 @@ impl Store for CatalogStore {
         let groups = self.groups(kind, scope);
         let at = Revision::from_number(revision);
         self.reach(&groups, at).await?;
-        let prefix = prefix(kind, scope);
+        let range = Range::of(kind, scope);
         let mut found = Vec::new();
         for group in groups {
-            let entries = self.catalog.host.list_at(group, &prefix, at).await;
-            found.extend(entries.map_err(|error| ApiError::gone(error.to_string()))?);
+            let listed = self.catalog.host.list_at(group, range.part(), at).await;
+            found.push(listed.map_err(|error| ApiError::gone(error.to_string()))?);
         }
         Ok(self.listing(kind, scope, found, at))
     }

@@ -260,7 +260,9 @@ impl Backup {
     /// All keys with a prefix.
     pub fn list(&self, group: GroupId, prefix: &str) -> Vec<(&String, &Entry)> {
         let state = self.groups.get(&group);
-        state.map_or_else(Vec::new, |state| state.machine.range(prefix).collect())
+        state.map_or_else(Vec::new, |state| {
+            state.machine.range(prefix, None).collect()
+        })
     }
 
     /// Keys of all groups.

@@ -4,8 +4,10 @@
 //! (they are decided when an entry is applied), so what one node has told another can go on from.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Bound;
 use std::sync::Arc;
 
+use itertools::{EitherOrBoth, Itertools as _};
 use krake_model::ids::GroupId;
 use krake_model::revision::Revision;
 use parking_lot::RwLock;
@@ -74,6 +76,17 @@ struct Kept {
     bytes: usize,
 }
 
+impl Kept {
+    fn after(&self, after: Revision) -> Result<impl Iterator<Item = &Changes>, Compacted> {
+        if after < self.floor {
+            let oldest = self.floor;
+            return Err(Compacted { after, oldest });
+        }
+        let first = self.changes.partition_point(|old| old.revision <= after);
+        Ok(self.changes.range(first..))
+    }
+}
+
 /// The newest changes of all groups.
 #[derive(Debug, Default)]
 pub(crate) struct History(RwLock<BTreeMap<GroupId, Kept>>);
@@ -113,32 +126,24 @@ impl History {
         }
     }
 
-    /// Takes the changes after `at` back from `entries`, which are those under `prefix` as of
-    /// revision `newest`. `false`: the newest changes are not noted yet, and nothing was taken back.
-    pub(crate) fn undo(
-        &self,
-        group: GroupId,
-        at: Revision,
-        newest: Revision,
-        prefix: &str,
-        entries: &mut BTreeMap<String, Entry>,
-    ) -> Result<bool, Compacted> {
-        let noted = self.0.read().get(&group).map(|kept| kept.newest);
-        if noted.is_none_or(|noted| noted < newest) {
-            return Ok(false);
-        }
-        let later = self.after(group, at, usize::MAX)?;
-        let later = later.iter().filter(|changes| changes.revision <= newest);
-        for change in later.rev().flat_map(|changes| changes.changes.iter().rev()) {
-            if !change.key.starts_with(prefix) {
-                continue;
-            }
-            match &change.previous {
-                Some(previous) => entries.insert(change.key.clone(), previous.clone()),
-                None => entries.remove(&change.key),
+    /// Adds to `past` all that is noted and not in it yet.
+    pub(crate) fn look_back(&self, group: GroupId, past: &mut Past) -> Result<(), Compacted> {
+        let (later, newest) = {
+            let groups = self.0.read();
+            let Some(kept) = groups.get(&group) else {
+                return Ok(());
             };
+            let later: Vec<Changes> = kept.after(past.known)?.cloned().collect();
+            (later, kept.newest)
+        };
+        for change in later.iter().flat_map(|changes| changes.changes.iter()) {
+            if !past.before.contains_key(&change.key) {
+                let previous = change.previous.clone();
+                past.before.insert(change.key.clone(), previous);
+            }
         }
-        Ok(true)
+        past.known = past.known.max(newest);
+        Ok(())
     }
 
     /// Up to so many commands' changes.
@@ -152,13 +157,46 @@ impl History {
         let Some(kept) = groups.get(&group) else {
             return Ok(VecDeque::new());
         };
-        if after < kept.floor {
-            let oldest = kept.floor;
-            return Err(Compacted { after, oldest });
+        Ok(kept.after(after)?.take(count).cloned().collect())
+    }
+}
+
+/// What a group held at a revision, where that is not what it holds now.
+#[derive(Debug)]
+pub(crate) struct Past {
+    /// Everything that changed up to here is in it.
+    pub(crate) known: Revision,
+    /// Entries as they were, of those keys that changed since; `None`: there was none.
+    before: BTreeMap<String, Option<Entry>>,
+}
+
+impl Past {
+    pub(crate) const fn at(revision: Revision) -> Self {
+        Self {
+            known: revision,
+            before: BTreeMap::new(),
         }
-        let first = kept.changes.partition_point(|old| old.revision <= after);
-        let later = kept.changes.range(first..).take(count);
-        Ok(later.cloned().collect())
+    }
+
+    /// The entries under `prefix` after `after` as they were, in key order, given those of `known`.
+    pub(crate) fn of<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a str>,
+        now: impl Iterator<Item = (&'a String, &'a Entry)>,
+    ) -> impl Iterator<Item = (&'a String, &'a Entry)> {
+        let before = self
+            .before
+            .range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
+            .take_while(move |(key, _)| key.starts_with(prefix))
+            .filter(move |(key, _)| after.is_none_or(|after| key.as_str() > after))
+            .map(|(key, entry)| (key, entry.as_ref()));
+        let now = now.map(|(key, entry)| (key, Some(entry)));
+        // Where both have a key, the first one's is taken.
+        before
+            .merge_join_by(now, |(before, _), (now, _)| before.cmp(now))
+            .map(EitherOrBoth::into_left)
+            .filter_map(|(key, entry)| Some((key, entry?)))
     }
 }
 
@@ -249,6 +287,7 @@ impl Following {
 mod tests {
     use bytes::Bytes;
     use krake_model::time::Timestamp;
+    use proptest::prelude::*;
 
     use super::*;
     use crate::machine::Change;
@@ -311,6 +350,54 @@ mod tests {
         }
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+        #[test]
+        fn what_was_is_known_as_long_as_the_changes_are(
+            writes in prop::collection::vec((0..12_usize, prop::option::of(0..3_usize)), 1..60),
+            at in 0..60_usize,
+            seen in 0..60_usize,
+            after in prop::option::of(0..12_usize),
+        ) {
+            let key = |number: usize| format!("{}/{:02}", ["a", "b"][number % 2], number / 2);
+            let world = World::new(64);
+            let (mut now, mut past) = (BTreeMap::new(), Past::at(revision(at as i64)));
+            let mut then = now.clone();
+            for (number, (written, bytes)) in (1..).zip(writes) {
+                let mut batch = batch(number, 0);
+                let written = key(written);
+                let entry = bytes.map(|bytes| Entry {
+                    value: Bytes::from(vec![number as u8; bytes]),
+                    ..batch.changes[0].entry.clone().unwrap()
+                });
+                let previous = match &entry {
+                    Some(entry) => now.insert(written.clone(), entry.clone()),
+                    None => now.remove(&written),
+                };
+                batch.changes = Arc::new([Change { key: written, entry, previous }]);
+                world.apply(batch);
+                if number <= at as i64 {
+                    then = now.clone();
+                }
+                // Some of it before the rest has happened.
+                if number == seen as i64 && seen >= at {
+                    world.history.look_back(GROUP, &mut past).unwrap();
+                }
+            }
+            world.history.look_back(GROUP, &mut past).unwrap();
+            let after = after.map(key);
+            let after = after.as_deref();
+            for prefix in ["", "a/", "b/0", "c"] {
+                let under = |(key, _): &(&String, &Entry)| {
+                    key.starts_with(prefix) && after.is_none_or(|after| key.as_str() > after)
+                };
+                let wanted: Vec<_> = then.iter().filter(under).collect();
+                let found: Vec<_> = past.of(prefix, after, now.iter().filter(under)).collect();
+                prop_assert_eq!(found, wanted);
+            }
+        }
+    }
+
     async fn told(following: &mut Following, count: usize) -> Vec<Revision> {
         let mut told = Vec::new();
         for _ in 0..count {
@@ -370,17 +457,9 @@ mod tests {
             changes: Arc::new([]),
             ..batch(2, 0)
         });
-        let mut entries = BTreeMap::new();
-        let undone = |entries| {
-            world
-                .history
-                .undo(GROUP, revision(0), revision(2), "", entries)
-        };
-        assert_eq!(undone(&mut entries), Ok(true));
-        let early = world
-            .history
-            .undo(GROUP, revision(0), revision(3), "", &mut entries);
-        assert_eq!(early, Ok(false));
+        let mut past = Past::at(revision(0));
+        world.history.look_back(GROUP, &mut past).unwrap();
+        assert_eq!(past.known, revision(2));
         let mut following = world.follow(0).unwrap();
         world.apply(batch(3, 10));
         assert_eq!(told(&mut following, 2).await, [revision(1), revision(3)]);

@@ -7,6 +7,8 @@ mod reads;
 mod tests;
 mod transfers;
 
+pub use self::reads::{Listed, Part};
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;

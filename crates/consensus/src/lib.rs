@@ -40,7 +40,7 @@ pub use crate::command::{
 pub use crate::core::{Batch, GroupStatus};
 pub use crate::disk::{DiskError, create};
 pub use crate::follow::{Changes, Compacted, Following};
-pub use crate::host::{Config, Host, Staleness, Transport};
+pub use crate::host::{Config, Host, Listed, Part, Staleness, Transport};
 pub use crate::inspect::{Counters, GroupDetail, PeerProgress, TransferError};
 pub use crate::machine::{Change, Entry, GROUP_BYTES_MAX};
 pub use crate::voters::{MemberInfo, Rule, desired_voters, unmet_rule, voter_count};

@@ -236,9 +236,18 @@ impl Machine {
         self.entries.get(key)
     }
 
-    pub(crate) fn range(&self, prefix: &str) -> impl Iterator<Item = (&String, &Entry)> {
+    /// The entries whose key starts with `prefix` and comes after `after`, in key order.
+    pub(crate) fn range(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+    ) -> impl Iterator<Item = (&String, &Entry)> {
+        let first = match after.filter(|after| *after >= prefix) {
+            Some(after) => Bound::Excluded(after),
+            None => Bound::Included(prefix),
+        };
         self.entries
-            .range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
+            .range::<str, _>((first, Bound::Unbounded))
             .take_while(move |(key, _)| key.starts_with(prefix))
     }
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use krake_consensus::{
-    Backup, BackupWriter, Command, Expect, Host, MemberInfo, Operation, ProposeError, RequestId,
-    TransferError,
+    Backup, BackupWriter, Command, Expect, Host, MemberInfo, Operation, Part, ProposeError,
+    RequestId, TransferError,
 };
 use krake_model::ids::{FederationId, GroupId};
 use krake_model::revision::Revision;
@@ -355,8 +355,8 @@ async fn what_is_closed_at_one_member_is_a_moment_of_all_groups() {
         // Later writes are above, whichever group they are in and whoever leads it.
         assert!(written.revision > last, "{turn}");
         last = written.revision;
-        let before = reader.list_at(group, "key", last).await.unwrap();
-        assert_eq!(before[0].1.value, turn.to_string());
+        let before = reader.list_at(group, Part::all("key"), last).await.unwrap();
+        assert_eq!(before.entries[0].1.value, turn.to_string());
         let command = put("key", "later", Expect::Any);
         let later = hosts[turn % 3]
             .propose(group, command, LIMIT)
@@ -372,7 +372,7 @@ async fn what_is_closed_at_one_member_is_a_moment_of_all_groups() {
         assert!(checked.revision > later.revision);
         last = checked.revision;
         reader.close(&[group], last, LIMIT).await.unwrap();
-        let then = reader.list_at(group, "key", written.revision);
+        let then = reader.list_at(group, Part::all("key"), written.revision);
         let then = tokio::time::timeout(LIMIT, then).await.unwrap().unwrap();
         assert_eq!(then, before, "as it was, with a later write there");
     }

@@ -134,7 +134,7 @@ impl Target {
         Scope {
             namespace: self.namespace.as_deref(),
             name: fields.name(),
-            after: None,
+            ..Scope::default()
         }
     }
 }
@@ -304,7 +304,7 @@ impl Service {
                 let scope = Scope {
                     namespace,
                     name: Some(name),
-                    after: None,
+                    ..Scope::default()
                 };
                 // Before the read, which is at least as new.
                 let staleness = self.staleness(&kind, scope, freshness);

@@ -60,6 +60,8 @@ impl std::fmt::Debug for LazyObject {
 pub struct Listing {
     /// The objects, by namespace and name. One that is `null` could not be read.
     pub items: Vec<LazyObject>,
+    /// How many there are after them that the scope left out for being too many.
+    pub more: usize,
     /// A watch from here misses nothing.
     pub revision: u64,
 }
@@ -82,6 +84,8 @@ pub struct Scope<'a> {
     /// Those only that a list shows after the one of this namespace (empty: the kind has none) and
     /// name, whether that is there or not.
     pub after: Option<(&'a str, &'a str)>,
+    /// So many of them at most, from the first one on.
+    pub most: Option<usize>,
 }
 
 /// How far behind a read with [`Freshness::Any`] may be.

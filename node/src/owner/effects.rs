@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use krake_consensus::{Command, Entry, Expect, Operation, ProposeError};
+use krake_consensus::{Command, Entry, Expect, Operation, Part, ProposeError};
 use krake_model::application::{AppPhase, ApplicationStatus};
 use krake_model::decision::Target;
 use krake_model::{AppKey, DecisionRecord, GroupId, Revision, Timestamp};
@@ -343,14 +343,12 @@ impl<'a> Effects<'a> {
             expect: Expect::Any,
         });
         let prefix = format!("events/{}/{}.", app.namespace, app.name);
-        for (key, _) in self
-            .catalog()
-            .host
-            .list(group, &prefix)
-            .0
-            .into_iter()
-            .take(200)
-        {
+        let events = Part {
+            most: 200,
+            ..Part::all(&prefix)
+        };
+        let (events, _) = self.catalog().host.list_part(group, events);
+        for (key, _) in events.entries {
             operations.push(Operation::Delete {
                 key,
                 expect: Expect::Any,

@@ -15,8 +15,50 @@ use super::{Host, RETRY_PAUSE_MAX, Staleness};
 use crate::command::ReadError;
 use crate::core::Batch;
 use crate::engine::Input;
-use crate::follow::{Compacted, Following};
+use crate::follow::{Compacted, Following, Past};
 use crate::machine::{Entry, Machine};
+
+/// Which entries of a group are read.
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'a> {
+    /// What their keys start with.
+    pub prefix: &'a str,
+    /// Those after this key only, whether it is there or not.
+    pub after: Option<&'a str>,
+    /// So many of them; the others are counted.
+    pub most: usize,
+}
+
+impl<'a> Part<'a> {
+    /// All whose key starts with `prefix`.
+    pub const fn all(prefix: &'a str) -> Self {
+        Self {
+            prefix,
+            after: None,
+            most: usize::MAX,
+        }
+    }
+
+    fn take<'e>(&self, mut entries: impl Iterator<Item = (&'e String, &'e Entry)>) -> Listed {
+        Listed {
+            entries: entries.by_ref().take(self.most).map(owned).collect(),
+            more: entries.count(),
+        }
+    }
+}
+
+/// What was read of a group.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// In key order.
+    pub entries: Vec<(String, Entry)>,
+    /// How many there are after them that were not asked for.
+    pub more: usize,
+}
+
+fn owned((key, entry): (&String, &Entry)) -> (String, Entry) {
+    (key.clone(), entry.clone())
+}
 
 impl Host {
     fn machine(&self, group: GroupId) -> Option<Arc<RwLock<Machine>>> {
@@ -31,45 +73,55 @@ impl Host {
     /// Reads all entries whose key starts with `prefix` from this node's replica, in key order,
     /// and the group's newest stamp at that moment.
     pub fn list(&self, group: GroupId, prefix: &str) -> (Vec<(String, Entry)>, Revision) {
-        let Some(machine) = self.machine(group) else {
-            return (Vec::new(), Revision::NONE);
-        };
-        let machine = machine.read();
-        let entries = machine
-            .range(prefix)
-            .map(|(key, entry)| (key.clone(), entry.clone()))
-            .collect();
-        (entries, machine.last_stamp)
+        let (listed, revision) = self.list_part(group, Part::all(prefix));
+        (listed.entries, revision)
     }
 
-    /// As [`Self::list`], as it was when the group's newest stamp was not above `at`. Whether all
-    /// of that is here is for the caller to know, see [`Self::close`].
+    /// As [`Self::list`], a part of them.
+    pub fn list_part(&self, group: GroupId, part: Part<'_>) -> (Listed, Revision) {
+        let Some(machine) = self.machine(group) else {
+            return (Listed::default(), Revision::NONE);
+        };
+        let machine = machine.read();
+        let listed = part.take(machine.range(part.prefix, part.after));
+        (listed, machine.last_stamp)
+    }
+
+    /// As [`Self::list_part`], as it was when the group's newest
+    /// stamp was not above `at`. Whether all of that is here is for the caller to know, see
+    /// [`Self::close`].
     ///
     /// # Errors
     /// [`Compacted`] when changes after `at` are not kept any more.
     pub async fn list_at(
         &self,
         group: GroupId,
-        prefix: &str,
+        part: Part<'_>,
         at: Revision,
-    ) -> Result<Vec<(String, Entry)>, Compacted> {
+    ) -> Result<Listed, Compacted> {
         let mut applied = self.shared.feeds.group(group);
+        let mut past = Past::at(at);
         loop {
-            let (entries, newest) = self.list(group, prefix);
-            if newest <= at {
-                return Ok(entries);
+            let Some(machine) = self.machine(group) else {
+                return Ok(Listed::default());
+            };
+            // Most of it before the group is held up, the rest while it is.
+            if machine.read().last_stamp > at {
+                self.shared.history.look_back(group, &mut past)?;
             }
-            let mut entries = entries.into_iter().collect();
-            if self
-                .shared
-                .history
-                .undo(group, at, newest, prefix, &mut entries)?
             {
-                return Ok(entries.into_iter().collect());
+                let machine = machine.read();
+                let now = machine.range(part.prefix, part.after);
+                if machine.last_stamp > past.known {
+                    self.shared.history.look_back(group, &mut past)?;
+                }
+                if machine.last_stamp <= past.known {
+                    return Ok(part.take(past.of(part.prefix, part.after, now)));
+                }
             }
             // What was applied a moment ago is noted in the same breath.
             if let Err(RecvError::Closed) = applied.recv().await {
-                return Ok(Vec::new());
+                return Ok(Listed::default());
             }
         }
     }

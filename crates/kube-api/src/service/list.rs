@@ -165,18 +165,35 @@ impl Service {
         let mut scope = target.scope(&fields);
         let after = token.as_ref().map(|token| &token.after);
         scope.after = after.map(|(namespace, name)| (namespace.as_str(), name.as_str()));
-        let (kind, mut staleness) = (&target.kind, None);
-        let listed = match when {
-            When::Fresh(freshness) => {
-                staleness = self.staleness(kind, scope, freshness);
-                self.store.list(kind, scope, freshness).await
-            }
-            When::AsOf(revision) => self.store.list_as_of(kind, scope, revision).await,
+        // With a selector nobody knows how many have to be looked at.
+        let whole = query.get("labelSelector").is_none() && query.get("fieldSelector").is_none();
+        scope.most = limit.filter(|_| whole);
+        let kind = &target.kind;
+        let staleness = match when {
+            When::Fresh(freshness) => self.staleness(kind, scope, freshness),
+            When::AsOf(_) => None,
         };
-        let Listing { items, revision } = listed.map_err(|error| match after {
-            Some(after) if error.code == 410 => ended(error, after.clone()),
-            _ => error,
-        })?;
+        let listed = |scope| async move {
+            let listed = match when {
+                When::Fresh(freshness) => self.store.list(kind, scope, freshness).await,
+                When::AsOf(revision) => self.store.list_as_of(kind, scope, revision).await,
+            };
+            listed.map_err(|error| match after {
+                Some(after) if error.code == 410 => ended(error, after.clone()),
+                _ => error,
+            })
+        };
+        let mut listing = listed(scope).await?;
+        if listing.more > 0 && listing.objects().count() < listing.items.len() {
+            // Others take the place of those that cannot be read.
+            scope.most = None;
+            listing = listed(scope).await?;
+        }
+        let Listing {
+            items,
+            more,
+            revision,
+        } = listing;
         let (mut rest, mut objects, mut last) = (items.into_iter(), Vec::new(), None);
         while limit.is_none_or(|limit| objects.len() < limit) {
             let Some(item) = rest.next() else { break };
@@ -190,11 +207,10 @@ impl Service {
             last = limit.map(|_| names(object));
         }
         let mut metadata = json!({"resourceVersion": revision.to_string()});
-        if let (Some(after), left @ 1..) = (last, rest.len()) {
+        if let (Some(after), left @ 1..) = (last, rest.len() + more) {
             let revision = Some(revision);
             metadata["continue"] = Token { revision, after }.encode().into();
-            // With a selector nobody has counted.
-            if query.get("labelSelector").is_none() && query.get("fieldSelector").is_none() {
+            if whole {
                 metadata["remainingItemCount"] = left.into();
             }
         }

@@ -57,7 +57,7 @@ impl MemoryState {
     }
 }
 
-fn within(scope: Scope<'_>, objects: &Objects) -> Vec<LazyObject> {
+fn within(scope: Scope<'_>, objects: &Objects, revision: u64) -> Listing {
     let objects = objects.iter().filter(|((namespace, name), _)| {
         scope.namespace.is_none_or(|wanted| wanted == namespace)
             && scope.name.is_none_or(|wanted| wanted == name)
@@ -65,9 +65,15 @@ fn within(scope: Scope<'_>, objects: &Objects) -> Vec<LazyObject> {
                 .after
                 .is_none_or(|after| (namespace.as_str(), name.as_str()) > after)
     });
-    objects
-        .map(|(_, object)| Arc::clone(object).into())
-        .collect()
+    let mut objects = objects.map(|(_, object)| Arc::clone(object).into());
+    Listing {
+        items: objects
+            .by_ref()
+            .take(scope.most.unwrap_or(usize::MAX))
+            .collect(),
+        more: objects.count(),
+        revision,
+    }
 }
 
 impl std::fmt::Debug for MemoryStore {
@@ -220,10 +226,7 @@ impl Store for MemoryStore {
         _freshness: Freshness,
     ) -> Result<Listing, ApiError> {
         let state = self.state.lock();
-        Ok(Listing {
-            items: within(scope, state.of(kind)),
-            revision: state.revision,
-        })
+        Ok(within(scope, state.of(kind), state.revision))
     }
 
     async fn list_as_of(
@@ -246,10 +249,7 @@ impl Store for MemoryStore {
                 None => objects.remove(&key),
             };
         }
-        Ok(Listing {
-            items: within(scope, &objects),
-            revision,
-        })
+        Ok(within(scope, &objects, revision))
     }
 
     async fn create(&self, kind: &Kind, object: Value) -> Result<Arc<Value>, ApiError> {

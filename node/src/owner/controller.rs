@@ -1,5 +1,6 @@
 //! When to look at which app, and the memory of each.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use krake_model::report::SiteReport;
 use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Revision, Timestamp};
 use krake_placement::spec::{Defaults, validate};
 use parking_lot::Mutex;
+use priority_queue::PriorityQueue;
 use serde_json::Value;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Notify, Semaphore, mpsc};
@@ -45,7 +47,7 @@ struct State {
     dirty: BTreeSet<AppKey>,
     busy: BTreeSet<AppKey>,
     /// When an app is looked at without a reason.
-    due: BTreeMap<AppKey, Timestamp>,
+    due: PriorityQueue<AppKey, Reverse<Timestamp>>,
     led: BTreeSet<GroupId>,
     /// The newest change of each app that has been looked at.
     known: BTreeMap<AppKey, Revision>,
@@ -338,14 +340,7 @@ impl Owner {
     fn next(&self) -> (Option<Due>, Duration) {
         let now = now();
         let mut state = self.inner.state.lock();
-        let due: Vec<AppKey> = state
-            .due
-            .iter()
-            .filter(|(_, at)| **at <= now)
-            .map(|(app, _)| app.clone())
-            .collect();
-        for app in due {
-            state.due.remove(&app);
+        while let Some((app, _)) = state.due.pop_if(|_, Reverse(at)| *at <= now) {
             state.dirty.insert(app);
         }
         let next = state
@@ -361,9 +356,8 @@ impl Owner {
         }
         let wait = state
             .due
-            .values()
-            .min()
-            .map_or(1000, |at| at.millis_since(now));
+            .peek()
+            .map_or(1000, |(_, Reverse(at))| at.millis_since(now));
         (None, Duration::from_millis(wait.clamp(5, 1000)))
     }
 
@@ -372,7 +366,7 @@ impl Owner {
         state.busy.remove(&app);
         match due {
             Some(due) => {
-                state.due.insert(app, due);
+                state.due.push(app, Reverse(due));
             }
             None => {
                 state.memories.remove(&app);

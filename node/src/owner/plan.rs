@@ -19,6 +19,11 @@ use crate::records::{AssignRecord, AssignedCopy, CopyReport, ReportedState, Tomb
 
 /// How long a site that refused or failed an app is not asked again for it.
 const REFUSAL_TTL_MS: i64 = 60_000;
+/// An app that no site can take is tried again when it has waited twice as long, between these: as
+/// Kubernetes' scheduler does (`podInitialBackoffSeconds`, `podMaxBackoffSeconds`). News of a site
+/// is another reason to try.
+const RETRY_MS_MIN: i64 = 1_000;
+const RETRY_MS_MAX: i64 = 10_000;
 
 /// Everything stored about one app.
 #[derive(Clone, Debug)]
@@ -334,12 +339,13 @@ fn plan_placement(
     let record = decision.record;
     let Some(chosen) = record.chosen.clone() else {
         memory.reserved = None;
-        memory.next_look = now.plus_millis(1000);
         let shown = memory
             .unplaceable
             .as_ref()
-            .is_some_and(|d| d.reason == record.reason && d.generation == record.generation);
-        if shown {
+            .filter(|d| d.reason == record.reason && d.generation == record.generation);
+        let waited = shown.map_or(0, |d| now.millis_since(d.decided_at) as i64);
+        memory.next_look = now.plus_millis(waited.clamp(RETRY_MS_MIN, RETRY_MS_MAX));
+        if shown.is_some() {
             return Step::Wait(memory.next_look);
         }
         memory.unplaceable = Some(record.clone());

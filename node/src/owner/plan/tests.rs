@@ -236,6 +236,25 @@ fn a_refusal_leads_to_the_next_best() {
 }
 
 #[test]
+fn an_app_that_fits_nowhere_is_tried_again_less_and_less_often() {
+    let mut play = Play::new(&[30.0]);
+    play.world.lost.insert(node(1));
+    let mut waits = Vec::new();
+    for _ in 0..7 {
+        let wait = play.settle().millis_since(play.world.now);
+        waits.push(wait);
+        play.pass(wait as i64);
+    }
+    assert_eq!(waits, [1000, 1000, 2000, 4000, 8000, 10_000, 10_000]);
+    // Another reason is another thing to wait for.
+    play.app.generation += 1;
+    assert_eq!(play.settle().millis_since(play.world.now), 1000);
+    play.world.lost.clear();
+    play.settle();
+    assert_eq!(play.copies(), "site1:active");
+}
+
+#[test]
 fn a_move_waits_for_its_time_and_the_old_copy_for_the_new() {
     let mut play = Play::new(&[300.0, 20.0]);
     play.settle();

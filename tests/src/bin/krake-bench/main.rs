@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
 //! `burst`, `transfer`, `leader`, `failover-fast`, `failover` and `idle`, and of the catalog alone
-//! `catalog` (against etcd), `groups`, `http`, `watchers`, `restart` and `wan`; without one all run. Each prints lines of a table for `docs/benchmarks.md`.
+//! `catalog` (against etcd), `groups`, `http`, `watchers`, `restart`, `pages` and `wan`; without one all run. Each prints lines of a table for `docs/benchmarks.md`.
 //! `krake-bench puts [DIRECTORY…]` shows what a change of the catalog brought: the puts of this build and, in turn with it, of others whose programs
 //! are in these directories.
 #![allow(
@@ -537,10 +537,15 @@ async fn main() {
     if wants("restart") {
         scale::restart().await;
     }
+    if wants("pages") {
+        scale::pages().await;
+    }
     if wants("wan") {
         wan::run().await;
     }
-    let alone = ["catalog", "groups", "http", "watchers", "restart", "wan"];
+    let alone = [
+        "catalog", "groups", "http", "watchers", "restart", "pages", "wan",
+    ];
     if !wanted.is_empty() && wanted.iter().all(|wanted| alone.contains(&wanted.as_str())) {
         return;
     }

@@ -22,6 +22,10 @@ const EVENTS: usize = 200;
 const PACE: Duration = Duration::from_millis(50);
 const RECORDS: usize = 100_000;
 const WRITERS: usize = 64;
+/// Applications that are listed.
+const APPS: usize = 20_000;
+/// As `kubectl` reads lists.
+const PAGE: usize = 500;
 const PATIENCE: Duration = Duration::from_secs(60);
 const HTTP_TIME: Duration = Duration::from_secs(5);
 
@@ -87,6 +91,64 @@ pub async fn watchers() {
         at(&each, 0.99),
         at(&last, 0.5),
         at(&last, 0.99),
+    );
+}
+
+/// Reading a long list and a short one in pages, in turn: what a page takes must not depend on how
+/// much comes after it.
+pub async fn pages() {
+    let net = Testnet::up(&["--sites", "3"]);
+    let http = reqwest::Client::new();
+    let site = &net.sites()[1];
+    let url = |namespace: &str| {
+        let path = "/apis/krake.dev/v1/namespaces";
+        format!("{}{path}/{namespace}/applications", site.api)
+    };
+    let lists = [("short", 2 * PAGE), ("long", APPS)];
+    for (namespace, count) in lists {
+        let (http, url) = (&http, &url(namespace));
+        let write = async |writer: usize| {
+            for number in (writer..count).step_by(WRITERS) {
+                let mut app = app(&format!("app-{number}"), &format!("{number:0VALUE$}"));
+                app["metadata"]["namespace"] = namespace.into();
+                let made = http.post(url).bearer_auth(site.token()).json(&app);
+                made.send().await?.error_for_status()?;
+            }
+            Ok::<(), reqwest::Error>(())
+        };
+        try_join_all((0..WRITERS).map(write)).await.unwrap();
+    }
+    let read = async |namespace: &str, count: usize| {
+        let (mut times, mut found, mut rest) = (Vec::new(), 0, String::new());
+        loop {
+            let asked = Instant::now();
+            let request = http.get(format!("{}?limit={PAGE}{rest}", url(namespace)));
+            let request = request.bearer_auth(site.token());
+            let answer = request.send().await.unwrap().error_for_status().unwrap();
+            let page: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+            times.push(asked.elapsed().as_secs_f64() * 1e3);
+            found += page["items"].as_array().unwrap().len();
+            let Some(token) = page["metadata"]["continue"].as_str() else {
+                break;
+            };
+            rest = format!("&continue={token}");
+        }
+        assert_eq!(found, count);
+        times
+    };
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..5 {
+        for (times, (namespace, count)) in times.iter_mut().zip(lists) {
+            times.extend(read(namespace, count).await);
+        }
+    }
+    let [short, long] = times.map(sorted);
+    let (middle, usual) = (at(&long, 0.5), at(&short, 0.5));
+    println!(
+        "| {APPS} applications of 1 KiB in 16 shards in pages of {PAGE} over HTTP: ms a page p50 / p99; p50 over that of a list of {} | {middle:.1} / {:.1}; {:.2} |",
+        2 * PAGE,
+        at(&long, 0.99),
+        middle / usual,
     );
 }
 

@@ -47,8 +47,9 @@ pub fn report_spacing(members: usize) -> Duration {
     (report_interval(members) / 4).max(SPACING_LEAST)
 }
 
-/// Addresses of one member that are dialled at once. Both transports together find out sooner
-/// that a member is back; one after the other, QUIC first, spares handshakes.
+/// Addresses that are dialled at once of one member that is not on the same link. Both transports
+/// together find out sooner that a member is back; one after the other, QUIC first, spares
+/// handshakes.
 pub(crate) const fn addresses_at_once(members: usize) -> NonZeroU8 {
     const BOTH: NonZeroU8 = NonZeroU8::new(8).unwrap();
     if members <= 20 { BOTH } else { NonZeroU8::MIN }

@@ -1,5 +1,6 @@
 //! Which connections there are, who dials, and which of them are closed.
 
+use std::num::NonZeroU8;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -42,15 +43,19 @@ pub(super) struct Made {
 
 impl SwarmTask {
     pub(super) fn dial(&mut self, peer: PeerId, addresses: &[String], links: &Links) {
-        let addresses = self.dials.addresses(&peer, addresses, links);
+        let dial = self.dials.dial(&peer, addresses, links);
         let members = self
             .shared
             .upgrade()
             .map_or(1, |shared| shared.members.read().len());
-        let at_once = pace::addresses_at_once(members);
+        let at_once = if dial.in_order {
+            NonZeroU8::MIN
+        } else {
+            pace::addresses_at_once(members)
+        };
         let options = DialOpts::peer_id(peer)
             .condition(PeerCondition::DisconnectedAndNotDialing)
-            .addresses(addresses)
+            .addresses(dial.addresses)
             .override_dial_concurrency_factor(at_once)
             .build();
         if let Err(error) = self.swarm.dial(options) {
@@ -100,16 +105,14 @@ impl SwarmTask {
         endpoint: &ConnectedPoint,
     ) {
         let incoming = endpoint.is_listener();
+        let mut way = endpoint.get_remote_address().iter();
+        let over_quic = way.any(|part| part == Protocol::QuicV1);
         if incoming {
             self.close_older(peer);
         }
         if let Some(shared) = self.shared.upgrade() {
             shared.traffic.connections.fetch_add(1, Ordering::Relaxed);
-            if endpoint
-                .get_remote_address()
-                .iter()
-                .any(|part| part == Protocol::QuicV1)
-            {
+            if over_quic {
                 shared
                     .traffic
                     .quic_connections
@@ -125,7 +128,7 @@ impl SwarmTask {
         };
         self.connections.insert(connection, made);
         self.wanted_since.remove(&peer);
-        self.dials.connected(&peer);
+        self.dials.connected(&peer, over_quic);
         if member {
             self.on_connected(peer);
         }

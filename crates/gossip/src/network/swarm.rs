@@ -151,16 +151,14 @@ pub(super) async fn listen(
 /// The innermost cause: transports wrap the system's error in others whose texts are empty.
 fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     let mut error = error;
-    while let Some(inner) = cause(error) {
-        error = inner;
+    loop {
+        let inner = error
+            .source()
+            // An error of IO may hold another one without calling it its source.
+            .or_else(|| Some(error.downcast_ref::<std::io::Error>()?.get_ref()? as _));
+        match inner {
+            Some(inner) => error = inner,
+            None => return error.to_string(),
+        }
     }
-    error.to_string()
-}
-
-/// What an error wraps. One of IO may hold another one without calling it its source.
-pub(super) fn cause<'a>(
-    error: &'a (dyn std::error::Error + 'static),
-) -> Option<&'a (dyn std::error::Error + 'static)> {
-    let held = || Some(error.downcast_ref::<std::io::Error>()?.get_ref()? as _);
-    error.source().or_else(held)
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use krake_consensus::{Batch, Entry};
 use krake_model::report::SiteReport;
-use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Revision, Timestamp};
+use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Resources, Revision, Timestamp};
 use krake_placement::spec::{Defaults, validate};
 use parking_lot::Mutex;
 use priority_queue::PriorityQueue;
@@ -227,30 +227,50 @@ impl Owner {
         }
     }
 
+    /// Looks at the apps that no site could take.
+    fn look_at_waiting(&self) {
+        let mut state = self.inner.state.lock();
+        let State {
+            memories, dirty, ..
+        } = &mut *state;
+        for (app, memory) in memories {
+            let mut memory = memory.lock();
+            if memory.waiting.is_some() {
+                memory.next_look = Timestamp::default();
+                dirty.insert(app.clone());
+            }
+        }
+        drop(state);
+        self.inner.wake.notify_one();
+    }
+
     /// A site's report counts as changed when its health, its kinds or its metrics did; load and
-    /// latency change all the time and wait for the timer.
+    /// latency change all the time and wait for the timer. More room concerns those that wait for it.
     async fn follow_view(self) {
         let mut view = self.inner.federation.network.view();
-        let mut seen: BTreeMap<NodeId, ((u64, u64), String)> = BTreeMap::new();
+        let mut seen: BTreeMap<NodeId, Seen> = BTreeMap::new();
         loop {
-            let mut changed = false;
+            let (mut changed, mut room) = (false, false);
             {
                 let view = view.borrow_and_update();
                 let known = seen.len();
                 seen.retain(|node, _| view.contains_key(node));
                 changed |= seen.len() != known;
                 for (node, new) in view.iter() {
-                    let number = (new.report.boot, new.report.sequence);
-                    if seen.get(node).is_some_and(|(old, _)| *old == number) {
+                    let old = seen.get(node);
+                    if old.is_some_and(|old| old.freshness == new.report.freshness()) {
                         continue;
                     }
-                    let news = what_matters(&new.report);
-                    changed |= seen.get(node).is_none_or(|(_, old)| *old != news);
-                    seen.insert(*node, (number, news));
+                    let new = Seen::of(&new.report);
+                    changed |= old.is_none_or(|old| old.matters != new.matters);
+                    room |= old.is_some_and(|old| new.has_more_room(old));
+                    seen.insert(*node, new);
                 }
             }
             if changed {
                 self.look_at_all(true);
+            } else if room {
+                self.look_at_waiting();
             }
             if view.changed().await.is_err() {
                 return;
@@ -375,6 +395,34 @@ impl Owner {
         }
         drop(state);
         self.inner.wake.notify_one();
+    }
+}
+
+/// A report that was looked at.
+struct Seen {
+    freshness: (u64, u64),
+    matters: String,
+    /// In each backend.
+    free: BTreeMap<String, Resources>,
+}
+
+impl Seen {
+    fn of(report: &SiteReport) -> Self {
+        let backends = report.backends.iter();
+        Self {
+            freshness: report.freshness(),
+            matters: what_matters(report),
+            free: backends
+                .map(|(name, backend)| (name.clone(), backend.free))
+                .collect(),
+        }
+    }
+
+    fn has_more_room(&self, before: &Self) -> bool {
+        self.free.iter().any(|(name, free)| {
+            let before = before.free.get(name).unwrap_or(&Resources::ZERO);
+            !free.fits(before)
+        })
     }
 }
 

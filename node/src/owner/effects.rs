@@ -208,6 +208,7 @@ impl<'a> Effects<'a> {
             let mut memory = memory.lock();
             memory.reserved = None;
             memory.unplaceable = None;
+            memory.waiting = None;
             memory.better_since = None;
         }
         // The status follows when the next plan says that there is nothing to do.

@@ -20,8 +20,8 @@ use crate::records::{AssignRecord, AssignedCopy, CopyReport, ReportedState, Tomb
 /// How long a site that refused or failed an app is not asked again for it.
 const REFUSAL_TTL_MS: i64 = 60_000;
 /// An app that no site can take is tried again when it has waited twice as long, between these: as
-/// Kubernetes' scheduler does (`podInitialBackoffSeconds`, `podMaxBackoffSeconds`). News of a site
-/// is another reason to try.
+/// Kubernetes' scheduler does (`podInitialBackoffSeconds`, `podMaxBackoffSeconds`). News of a site,
+/// or more room in it, is another reason to try.
 const RETRY_MS_MIN: i64 = 1_000;
 const RETRY_MS_MAX: i64 = 10_000;
 
@@ -63,6 +63,8 @@ pub struct Memory {
     pub next_look: Timestamp,
     /// The decision shown while it is unplaceable.
     pub unplaceable: Option<DecisionRecord>,
+    /// Which generation of it waits for a site, and since when.
+    pub waiting: Option<(i64, Timestamp)>,
 }
 
 impl Memory {
@@ -339,19 +341,26 @@ fn plan_placement(
     let record = decision.record;
     let Some(chosen) = record.chosen.clone() else {
         memory.reserved = None;
+        let before = memory
+            .waiting
+            .filter(|(generation, _)| *generation == record.generation);
+        let (_, since) = *memory
+            .waiting
+            .insert(before.unwrap_or((record.generation, now)));
+        let waited = now.millis_since(since) as i64;
+        memory.next_look = now.plus_millis(waited.clamp(RETRY_MS_MIN, RETRY_MS_MAX));
         let shown = memory
             .unplaceable
             .as_ref()
-            .filter(|d| d.reason == record.reason && d.generation == record.generation);
-        let waited = shown.map_or(0, |d| now.millis_since(d.decided_at) as i64);
-        memory.next_look = now.plus_millis(waited.clamp(RETRY_MS_MIN, RETRY_MS_MAX));
-        if shown.is_some() {
+            .is_some_and(|d| d.reason == record.reason && d.generation == record.generation);
+        if shown {
             return Step::Wait(memory.next_look);
         }
         memory.unplaceable = Some(record.clone());
         return Step::Unplaceable(Box::new(record));
     };
     memory.unplaceable = None;
+    memory.waiting = None;
     if Some(&chosen) == current.as_ref() {
         // While a move is on its way its lead counts on: see the reservation below.
         memory.better_since = decision.better_since;

@@ -4,7 +4,6 @@
 //! (they are decided when an entry is applied), so what one node has told another can go on from.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::Bound;
 use std::sync::Arc;
 
 use itertools::{EitherOrBoth, Itertools as _};
@@ -127,7 +126,7 @@ impl History {
     }
 
     /// Adds to `past` all that is noted and not in it yet.
-    pub(crate) fn look_back(&self, group: GroupId, past: &mut Past) -> Result<(), Compacted> {
+    pub(crate) fn look_back(&self, group: GroupId, past: &mut Past<'_>) -> Result<(), Compacted> {
         let (later, newest) = {
             let groups = self.0.read();
             let Some(kept) = groups.get(&group) else {
@@ -137,7 +136,7 @@ impl History {
             (later, kept.newest)
         };
         for change in later.iter().flat_map(|changes| changes.changes.iter()) {
-            if !past.before.contains_key(&change.key) {
+            if past.concerns(&change.key) && !past.before.contains_key(&change.key) {
                 let previous = change.previous.clone();
                 past.before.insert(change.key.clone(), previous);
             }
@@ -161,36 +160,39 @@ impl History {
     }
 }
 
-/// What a group held at a revision, where that is not what it holds now.
+/// What a group held at a revision of the keys under `prefix` after `after`, where that is not what
+/// it holds now.
 #[derive(Debug)]
-pub(crate) struct Past {
+pub(crate) struct Past<'a> {
+    prefix: &'a str,
+    after: Option<&'a str>,
     /// Everything that changed up to here is in it.
     pub(crate) known: Revision,
     /// Entries as they were, of those keys that changed since; `None`: there was none.
     before: BTreeMap<String, Option<Entry>>,
 }
 
-impl Past {
-    pub(crate) const fn at(revision: Revision) -> Self {
+impl<'a> Past<'a> {
+    pub(crate) const fn at(revision: Revision, prefix: &'a str, after: Option<&'a str>) -> Self {
         Self {
+            prefix,
+            after,
             known: revision,
             before: BTreeMap::new(),
         }
     }
 
-    /// The entries under `prefix` after `after` as they were, in key order, given those of `known`.
-    pub(crate) fn of<'a>(
-        &'a self,
-        prefix: &'a str,
-        after: Option<&'a str>,
-        now: impl Iterator<Item = (&'a String, &'a Entry)>,
-    ) -> impl Iterator<Item = (&'a String, &'a Entry)> {
-        let before = self
-            .before
-            .range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
-            .take_while(move |(key, _)| key.starts_with(prefix))
-            .filter(move |(key, _)| after.is_none_or(|after| key.as_str() > after))
-            .map(|(key, entry)| (key, entry.as_ref()));
+    fn concerns(&self, key: &str) -> bool {
+        key.starts_with(self.prefix) && self.after.is_none_or(|after| key > after)
+    }
+
+    /// The entries as they were, in key order, given those of `known`.
+    pub(crate) fn of<'e>(
+        &'e self,
+        now: impl Iterator<Item = (&'e String, &'e Entry)>,
+    ) -> impl Iterator<Item = (&'e String, &'e Entry)> {
+        let before = self.before.iter();
+        let before = before.map(|(key, entry)| (key, entry.as_ref()));
         let now = now.map(|(key, entry)| (key, Some(entry)));
         // Where both have a key, the first one's is taken.
         before
@@ -361,7 +363,11 @@ mod tests {
         ) {
             let key = |number: usize| format!("{}/{:02}", ["a", "b"][number % 2], number / 2);
             let world = World::new(64);
-            let (mut now, mut past) = (BTreeMap::new(), Past::at(revision(at as i64)));
+            let after = after.map(key);
+            let after = after.as_deref();
+            let mut pasts = ["", "a/", "b/0", "c"]
+                .map(|prefix| Past::at(revision(at as i64), prefix, after));
+            let mut now = BTreeMap::new();
             let mut then = now.clone();
             for (number, (written, bytes)) in (1..).zip(writes) {
                 let mut batch = batch(number, 0);
@@ -381,18 +387,18 @@ mod tests {
                 }
                 // Some of it before the rest has happened.
                 if number == seen as i64 && seen >= at {
-                    world.history.look_back(GROUP, &mut past).unwrap();
+                    for past in &mut pasts {
+                        world.history.look_back(GROUP, past).unwrap();
+                    }
                 }
             }
-            world.history.look_back(GROUP, &mut past).unwrap();
-            let after = after.map(key);
-            let after = after.as_deref();
-            for prefix in ["", "a/", "b/0", "c"] {
+            for past in &mut pasts {
+                world.history.look_back(GROUP, past).unwrap();
                 let under = |(key, _): &(&String, &Entry)| {
-                    key.starts_with(prefix) && after.is_none_or(|after| key.as_str() > after)
+                    key.starts_with(past.prefix) && after.is_none_or(|after| key.as_str() > after)
                 };
                 let wanted: Vec<_> = then.iter().filter(under).collect();
-                let found: Vec<_> = past.of(prefix, after, now.iter().filter(under)).collect();
+                let found: Vec<_> = past.of(now.iter().filter(under)).collect();
                 prop_assert_eq!(found, wanted);
             }
         }
@@ -457,7 +463,7 @@ mod tests {
             changes: Arc::new([]),
             ..batch(2, 0)
         });
-        let mut past = Past::at(revision(0));
+        let mut past = Past::at(revision(0), "", None);
         world.history.look_back(GROUP, &mut past).unwrap();
         assert_eq!(past.known, revision(2));
         let mut following = world.follow(0).unwrap();

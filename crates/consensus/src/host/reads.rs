@@ -100,7 +100,7 @@ impl Host {
         at: Revision,
     ) -> Result<Listed, Compacted> {
         let mut applied = self.shared.feeds.group(group);
-        let mut past = Past::at(at);
+        let mut past = Past::at(at, part.prefix, part.after);
         loop {
             let Some(machine) = self.machine(group) else {
                 return Ok(Listed::default());
@@ -116,7 +116,7 @@ impl Host {
                     self.shared.history.look_back(group, &mut past)?;
                 }
                 if machine.last_stamp <= past.known {
-                    return Ok(part.take(past.of(part.prefix, part.after, now)));
+                    return Ok(part.take(past.of(now)));
                 }
             }
             // What was applied a moment ago is noted in the same breath.

@@ -514,6 +514,31 @@ async fn a_page_of_a_moment_that_is_not_known_any_more_is_refused_and_can_go_on(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_may_do_without_what_is_there_already() {
+    let api = Api::start().await;
+    api.apply(&[widget("a", 1)]).await;
+    let path = "/apis/example.org/v1/widgets?watch=true&sendInitialEvents=false&resourceVersionMatch=NotOlderThan";
+    let mut command = api.command(&["get", "--request-timeout=60s", "--raw", path]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let shown = std::io::BufReader::new(child.stdout.take().unwrap());
+    let first = tokio::task::spawn_blocking(move || {
+        let mut events = serde_json::Deserializer::from_reader(shown).into_iter::<Value>();
+        events.next().unwrap().unwrap()
+    });
+    // The watch begins at some time: what is written after that is shown.
+    for size in 1.. {
+        api.apply(&[widget("b", size)]).await;
+        if first.is_finished() {
+            break;
+        }
+    }
+    let first = first.await.unwrap();
+    assert_eq!(first["object"]["metadata"]["name"], "b", "{first}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_waits_for_events_that_do_not_come_without_knowing_why() {
     let api = Api::start().await;
     api.apply(&[widget("a", 1)]).await;

@@ -31,13 +31,17 @@ impl Service {
         let (labels, fields) = selectors(query)?;
         check_watch_options(query)?;
         let from = query.get("resourceVersion");
-        let send_initial = query.flag("sendInitialEvents");
-        let scope = target.scope(&fields);
+        // Said of neither way, it depends on where the watch begins.
+        let initially = query
+            .get("sendInitialEvents")
+            .map(|said| !matches!(said.to_ascii_lowercase().as_str(), "false" | "0"));
+        let from_now = matches!(from, None | Some("0"));
+        let mut scope = target.scope(&fields);
         self.store.events(&target.kind, scope).check_flow()?;
         let mut initial = Vec::new();
         let position;
         let revision;
-        if send_initial || matches!(from, None | Some("0")) {
+        if initially == Some(true) || from_now {
             let freshness = if from.is_none() {
                 Freshness::Latest
             } else {
@@ -45,6 +49,9 @@ impl Service {
             };
             // The position is taken first, so that nothing is missed.
             position = self.store.events(&target.kind, scope).end();
+            if initially == Some(false) {
+                scope.most = Some(0);
+            }
             let listing = self.store.list(&target.kind, scope, freshness).await?;
             revision = listing.revision;
             initial = listing.objects().cloned().collect();
@@ -69,7 +76,7 @@ impl Service {
             sender,
         };
         tokio::spawn(async move {
-            let work = watch.run(initial, send_initial, revision, position);
+            let work = watch.run(initial, initially == Some(true), revision, position);
             let _ = tokio::time::timeout(time, work).await;
         });
         let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use futures::io::BufReader;
 use futures::{AsyncReadExt, StreamExt};
@@ -23,8 +22,6 @@ use crate::streams::{self, CALL_BYTES_MAX, CALLS, Gathered};
 const QUESTIONS_MAX: usize = 256;
 /// Answers that wait to be written to one peer at most.
 const ANSWERS_MAX: usize = 64;
-/// Opening a stream may take this long.
-const OPEN_TIME: Duration = Duration::from_secs(3);
 /// Questions whose asker may have given up are looked for when so many are open.
 const OPEN_MANY: usize = 1024;
 /// A question without a text is a ping: whoever is there answers, without asking the handler.
@@ -106,17 +103,15 @@ async fn run_line(
     peer: PeerId,
 ) {
     while let Some(first) = questions.recv().await {
-        let opening = control.open_stream(peer, CALLS);
-        let reason = match tokio::time::timeout(OPEN_TIME, opening).await {
-            Ok(Ok(stream)) => {
+        match streams::open(&mut control, peer, CALLS).await {
+            Ok(stream) => {
                 let reason = ask_all(stream, first, &mut questions).await;
                 debug!(%peer, reason, "the stream for questions ended");
-                continue;
             }
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => "no stream in time".to_owned(),
-        };
-        let _ = first.answer.send(Err(Fault::Broken(reason)));
+            Err(reason) => {
+                let _ = first.answer.send(Err(Fault::Broken(reason)));
+            }
+        }
     }
 }
 

@@ -21,6 +21,11 @@ pub const CALL_BYTES_MAX: usize = 16 * 1024 * 1024;
 pub(crate) const JOIN_BYTES_MAX: usize = 64 * 1024;
 /// A peer that does not take or give bytes for this long has lost its stream.
 const STALL: Duration = Duration::from_secs(5);
+/// A stream is open after this time, a dial included, or somebody should try again: one that is
+/// asked for while a connection is being made may be forgotten by the library (`libp2p-stream` notes
+/// the connection for new streams a moment before it notes that it is there; who asks in between
+/// waits for a dial that is not made).
+const OPEN_TIME: Duration = Duration::from_secs(3);
 /// Messages are gathered up to this size into one write.
 const GATHERED_BYTES: usize = 64 * 1024;
 /// What is read from a stream at once, at most.
@@ -165,6 +170,19 @@ pub(crate) async fn answer(
     stream.close().await
 }
 
+/// Opens a stream, or says why not, within [`OPEN_TIME`].
+pub(crate) async fn open(
+    control: &mut libp2p_stream::Control,
+    peer: PeerId,
+    protocol: StreamProtocol,
+) -> Result<Stream, String> {
+    let opening = control.open_stream(peer, protocol);
+    match tokio::time::timeout(OPEN_TIME, opening).await {
+        Ok(opened) => opened.map_err(|error| error.to_string()),
+        Err(_) => Err("no stream was opened in time".to_owned()),
+    }
+}
+
 /// Opens a stream, asks and waits for the answer, all within `timeout`.
 pub(crate) async fn ask(
     control: &mut libp2p_stream::Control,
@@ -178,10 +196,7 @@ pub(crate) async fn ask(
         reason,
     };
     let work = async {
-        let mut stream = control
-            .open_stream(peer, protocol)
-            .await
-            .map_err(|error| unreachable(error.to_string()))?;
+        let mut stream = open(control, peer, protocol).await.map_err(unreachable)?;
         write(&mut stream, question)
             .await
             .map_err(|error| unreachable(error.to_string()))?;

@@ -23,11 +23,9 @@ pub(super) async fn write_frames(
     let mut gathered = Gathered::default();
     while let Some(frame) = queue.recv().await {
         if stream.is_none() {
-            let opening = control.open_stream(peer, streams::FRAMES);
-            match tokio::time::timeout(Duration::from_secs(3), opening).await {
-                Ok(Ok(opened)) => stream = Some(opened),
-                Ok(Err(error)) => debug!(%peer, %error, "no stream for frames"),
-                Err(_) => debug!(%peer, "no stream for frames in time"),
+            match streams::open(&mut control, peer, streams::FRAMES).await {
+                Ok(opened) => stream = Some(opened),
+                Err(error) => debug!(%peer, error, "no stream for frames"),
             }
         }
         let Some(open) = stream.as_mut() else {

@@ -92,7 +92,7 @@ impl Dials {
         }
     }
 
-    /// Over TCP it came through.
+    /// A connection was made: over TCP, everything before it is forgotten.
     pub(super) fn connected(&mut self, peer: &PeerId, over_quic: bool) {
         if !over_quic {
             self.0.remove(peer);

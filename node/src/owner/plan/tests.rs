@@ -246,7 +246,7 @@ fn an_app_that_fits_nowhere_is_tried_again_less_and_less_often() {
         play.pass(wait as i64);
     }
     assert_eq!(waits, [1000, 1000, 2000, 4000, 8000, 10_000, 10_000]);
-    // Another reason is another thing to wait for.
+    // A changed spec begins to wait anew.
     play.app.generation += 1;
     assert_eq!(play.settle().millis_since(play.world.now), 1000);
     play.world.lost.clear();

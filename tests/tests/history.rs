@@ -29,6 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(4);
 const PAUSE: u64 = 60;
 /// Each kills a node, every third one two of three.
 const ROUNDS: usize = 9;
+/// Answers about each register, at least; a shorter history proves little. How many the nodes give
+/// while they are killed depends on the machine; what is missing comes once all are back.
+const ANSWERS: usize = 100;
 const APPS: &str = "/apis/krake.dev/v1/namespaces/default/applications";
 
 /// What happened, and in which order.
@@ -70,6 +73,13 @@ impl History {
             .entry(key.to_owned())
             .or_default()
             .push(operation);
+    }
+
+    /// Whether there are enough answers about every register.
+    fn is_long_enough(&self) -> bool {
+        let operations = self.operations.lock();
+        let answers = |of: &Vec<Asking>| of.iter().filter(|o| o.returned.is_some()).count();
+        operations.len() == 2 * KEYS && operations.values().all(|of| answers(of) >= ANSWERS)
     }
 }
 
@@ -299,10 +309,14 @@ async fn one_order_explains_what_clients_saw_while_nodes_were_killed() {
         let client = over_the_protocol(pool.clone(), Arc::clone(&history));
         clients.push(tokio::spawn(client));
     }
-    let killed = Arc::clone(&net);
-    tokio::task::spawn_blocking(move || kill_and_restart(&killed))
-        .await
-        .unwrap();
+    let (killed, told) = (Arc::clone(&net), Arc::clone(&history));
+    let faults = move || {
+        kill_and_restart(&killed);
+        wait_for("enough answers", SOON, || {
+            told.is_long_enough().then_some(())
+        });
+    };
+    tokio::task::spawn_blocking(faults).await.unwrap();
     history.over.store(true, Ordering::SeqCst);
     for client in clients {
         client.await.unwrap();
@@ -363,12 +377,6 @@ async fn one_order_explains_what_clients_saw_while_nodes_were_killed() {
     let histories = std::mem::take(&mut *history.operations.lock());
     assert_eq!(histories.len(), 2 * KEYS);
     for (key, operations) in histories {
-        let answered = operations.iter().filter(|o| o.returned.is_some()).count();
-        assert!(
-            answered > 100,
-            "{key}: too little happened: {answered} of {}",
-            operations.len()
-        );
         assert!(
             linearizable(&operations),
             "the history of {key} is not linearizable: {operations:?}"

@@ -1,5 +1,6 @@
 //! The handle others use, and the tasks behind it.
 
+mod closing;
 mod connections;
 mod exchange;
 mod frames;
@@ -307,19 +308,49 @@ impl Network {
         };
         let deadline = tokio::time::Instant::now() + timeout;
         loop {
-            // Again in each round: a dial may fail because the other node is busy. While one is
-            // under way or the connection is there, this does nothing.
-            let dial = Command::Dial(peer, addresses.to_vec());
-            let _ = self.commands.send(dial).await;
             let left = deadline.saturating_duration_since(tokio::time::Instant::now());
-            let mut control = self.join.clone();
-            let result = streams::ask(&mut control, peer, streams::JOIN, request, left).await;
+            let result = match self.connect(peer, addresses, left).await {
+                Ok(()) => {
+                    let mut control = self.join.clone();
+                    let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+                    streams::ask(&mut control, peer, streams::JOIN, request, left).await
+                }
+                Err(error) => Err(error),
+            };
+            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
             match result {
+                // A dial may fail because the other node is busy.
                 Err(CallError::Unreachable { .. }) if left > Duration::from_millis(300) => {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
                 other => return other,
             }
+        }
+    }
+
+    /// Waits until there is a connection: a stream that is asked for while one is being made may be
+    /// forgotten (`libp2p-stream` notes it for new streams a moment before it notes that it is
+    /// there; who asks in between waits for a dial that is not made).
+    async fn connect(
+        &self,
+        peer: PeerId,
+        addresses: &[String],
+        timeout: Duration,
+    ) -> Result<(), CallError> {
+        let (reply, connected) = oneshot::channel();
+        let command = Command::Connect(peer, addresses.to_vec(), reply);
+        let _ = self.commands.send(command).await;
+        let unreachable = |reason: String| CallError::Unreachable {
+            peer: peer.to_string(),
+            reason,
+        };
+        match tokio::time::timeout(timeout, connected).await {
+            Ok(Ok(result)) => result.map_err(unreachable),
+            Ok(Err(_)) => Err(unreachable("the network is ending".to_owned())),
+            Err(_) => Err(CallError::Timeout {
+                peer: peer.to_string(),
+                timeout,
+            }),
         }
     }
 

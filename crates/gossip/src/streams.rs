@@ -21,10 +21,8 @@ pub const CALL_BYTES_MAX: usize = 16 * 1024 * 1024;
 pub(crate) const JOIN_BYTES_MAX: usize = 64 * 1024;
 /// A peer that does not take or give bytes for this long has lost its stream.
 const STALL: Duration = Duration::from_secs(5);
-/// A stream is open after this time, a dial included, or somebody should try again: one that is
-/// asked for while a connection is being made may be forgotten by the library (`libp2p-stream` notes
-/// the connection for new streams a moment before it notes that it is there; who asks in between
-/// waits for a dial that is not made).
+/// A stream is open after this time, or somebody should try again: where a connection is replaced at
+/// that moment, it may be asked for on none of them (see `Network::connect`).
 const OPEN_TIME: Duration = Duration::from_secs(3);
 /// Messages are gathered up to this size into one write.
 const GATHERED_BYTES: usize = 64 * 1024;

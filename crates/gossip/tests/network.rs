@@ -14,7 +14,8 @@ use krake_model::ids::{FederationId, NodeId};
 use krake_model::report::{SignedReport, SiteReport};
 use krake_model::time::Timestamp;
 use parking_lot::Mutex;
-use tokio::net::UdpSocket;
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::watch;
 
 const LIMIT: Duration = Duration::from_secs(20);
 const FEDERATION: FederationId = FederationId::from_bytes([3; 32]);
@@ -278,6 +279,66 @@ async fn where_tcp_is_refused_quic_gets_through() {
         assert!(arrived.into_iter().map(|(_, frame)| frame).eq(frames));
         from.network.publish(report(from, 1)).await;
         has_report(to, from, 1).await;
+    }
+}
+
+/// Passes connections on to `to`; those that are there when `cut` changes carry nothing any more and
+/// stay, as after a power cut.
+async fn relay_tcp(to: SocketAddr, cut: watch::Receiver<()>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut cut = cut.clone();
+            cut.mark_unchanged();
+            tokio::spawn(async move {
+                let mut far = TcpStream::connect(to).await.unwrap();
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                    Ok(()) = cut.changed() => std::future::pending().await,
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_died_with_frames_in_it_is_replaced() {
+    let members = started(2).await;
+    let (a, b) = (&members[0], &members[1]);
+    let (cut, is_cut) = watch::channel(());
+    let at = relay_tcp(b.peer.addresses[0].parse().unwrap(), is_cut).await;
+    let known = |member: &Member, addresses| Peer {
+        node: member.peer.node,
+        addresses,
+    };
+    let seen_by_b = vec![known(a, Vec::new()), b.peer.clone()];
+    b.network.set_members(seen_by_b).await;
+    let seen_by_a = vec![a.peer.clone(), known(b, vec![at.to_string()])];
+    a.network.set_members(seen_by_a).await;
+    let mut connected = a.network.connected();
+    let there = connected.wait_for(|set| set.contains(&b.peer.node));
+    tokio::time::timeout(LIMIT, there).await.unwrap().unwrap();
+    a.network.call(b.peer.node, b"there?", LIMIT).await.unwrap();
+    // So that the stream's window grows beyond what the system's buffers take.
+    for _ in 0..100 {
+        assert!(a.network.send_frame(b.peer.node, vec![0; 1_000_000]));
+    }
+    until("half of them are there", || {
+        b.recorder.frames.lock().len() > 50
+    })
+    .await;
+    cut.send_replace(());
+    let gone = connected.wait_for(|set| !set.contains(&b.peer.node));
+    tokio::time::timeout(LIMIT, gone)
+        .await
+        .expect("it counts as connected")
+        .unwrap();
+    let start = Instant::now();
+    while let Err(error) = a.network.call(b.peer.node, b"there?", LIMIT).await {
+        assert!(start.elapsed() < LIMIT, "{error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -8,8 +8,9 @@ use krake_model::ids::NodeId;
 use libp2p::PeerId;
 use libp2p::core::ConnectedPoint;
 use libp2p::multiaddr::Protocol;
-use libp2p::swarm::ConnectionId;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, DialError};
+use tokio::sync::oneshot;
 use tracing::debug;
 
 use super::shared::{OUTSIDER_TIME, Shared};
@@ -58,8 +59,36 @@ impl SwarmTask {
             .addresses(dial.addresses)
             .override_dial_concurrency_factor(at_once)
             .build();
-        if let Err(error) = self.swarm.dial(options) {
-            debug!(%peer, %error, "not dialled");
+        match self.swarm.dial(options) {
+            // Somebody dials already, or it is connected.
+            Ok(()) | Err(DialError::DialPeerConditionFalse(_)) => {}
+            Err(error) => {
+                debug!(%peer, %error, "not dialled");
+                self.tell_awaiting(&peer, &Err(error.to_string()));
+            }
+        }
+    }
+
+    /// Dials a peer for somebody who waits for the connection.
+    pub(super) fn connect(
+        &mut self,
+        peer: PeerId,
+        addresses: &[String],
+        reply: oneshot::Sender<Result<(), String>>,
+    ) {
+        let waiting = self.awaited.entry(peer).or_default();
+        waiting.retain(|reply| !reply.is_closed());
+        waiting.push(reply);
+        if self.swarm.is_connected(&peer) {
+            self.tell_awaiting(&peer, &Ok(()));
+        } else {
+            self.dial(peer, addresses, &Links::read());
+        }
+    }
+
+    pub(super) fn tell_awaiting(&mut self, peer: &PeerId, result: &Result<(), String>) {
+        for reply in self.awaited.remove(peer).into_iter().flatten() {
+            let _ = reply.send(result.clone());
         }
     }
 
@@ -129,6 +158,7 @@ impl SwarmTask {
         self.connections.insert(connection, made);
         self.wanted_since.remove(&peer);
         self.dials.connected(&peer, over_quic);
+        self.tell_awaiting(&peer, &Ok(()));
         if member {
             self.on_connected(peer);
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use krake_model::ids::FederationId;
 use krake_model::report::REPORT_BYTES_MAX;
-use libp2p::core::{Multiaddr, upgrade};
+use libp2p::core::{Multiaddr, Transport as _, upgrade};
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::SwarmEvent;
 use libp2p::{
@@ -15,6 +15,7 @@ use libp2p::{
     yamux,
 };
 
+use super::closing::Closing;
 use super::{NetworkConfig, NetworkError};
 use crate::behaviour::{Behaviour, Inner, MemberSet, MembersOnly};
 
@@ -67,18 +68,22 @@ pub(super) fn build_swarm(
     };
     let swarm = SwarmBuilder::with_existing_identity(key)
         .with_tokio()
-        .with_tcp(
-            tcp::Config::default().nodelay(true),
-            noise::Config::new,
-            yamux::Config::default,
-        )
-        .map_err(|error| start(error.to_string()))?
         .with_quic_config(|mut quic| {
             // Pings find a dead peer sooner; this is for what nobody pings any more.
             quic.max_idle_timeout = 30_000;
             quic.keep_alive_interval = Duration::from_secs(10);
             quic
         })
+        .with_other_transport(|key| {
+            // As the builder does it, but for the close.
+            let transport = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
+                .upgrade(upgrade::Version::V1Lazy)
+                .authenticate(noise::Config::new(key)?)
+                .multiplex(yamux::Config::default())
+                .map(|(peer, muxer), _| (peer, Closing::new(muxer)));
+            Ok(transport)
+        })
+        .map_err(|error| start(error.to_string()))?
         .with_dns()
         .map_err(|error| start(error.to_string()))?
         .with_behaviour(|_| behaviour)

@@ -20,7 +20,7 @@ use super::peer_id;
 use super::pinger::Pinger;
 use super::shared::Shared;
 use super::swarm::topic;
-use super::transports::{Dials, Links};
+use super::transports::Dials;
 use crate::behaviour::{Behaviour, BehaviourEvent, InnerEvent};
 
 /// How often connections, silence and missed reports are looked after.
@@ -35,7 +35,8 @@ pub(super) enum Command {
     /// The members are others than before.
     Members,
     Publish(Vec<u8>),
-    Dial(PeerId, Vec<String>),
+    /// A connection to this peer is wanted; the answer comes when it is there, or says why not.
+    Connect(PeerId, Vec<String>, oneshot::Sender<Result<(), String>>),
     Block(BTreeSet<PeerId>),
     Listening(oneshot::Sender<Vec<Multiaddr>>),
 }
@@ -50,6 +51,8 @@ pub(super) struct SwarmTask {
     /// Since when a member without a connection is wanted.
     pub(super) wanted_since: BTreeMap<PeerId, Instant>,
     pub(super) dials: Dials,
+    /// Who waits for a connection to a peer.
+    pub(super) awaited: BTreeMap<PeerId, Vec<oneshot::Sender<Result<(), String>>>>,
     last_care: Instant,
     last_exchange: Instant,
     turn: usize,
@@ -76,6 +79,7 @@ impl SwarmTask {
             connections: BTreeMap::new(),
             wanted_since: BTreeMap::new(),
             dials: Dials::default(),
+            awaited: BTreeMap::new(),
             last_care: Instant::now(),
             last_exchange: Instant::now(),
             turn: 0,
@@ -127,7 +131,7 @@ impl SwarmTask {
                     Err(error) => debug!(%error, "a report was not gossiped"),
                 }
             }
-            Command::Dial(peer, addresses) => self.dial(peer, &addresses, &Links::read()),
+            Command::Connect(peer, addresses, reply) => self.connect(peer, &addresses, reply),
             Command::Block(peers) => {
                 let blocked = &mut self.swarm.behaviour_mut().blocked;
                 let old: Vec<PeerId> = blocked.blocked_peers().iter().copied().collect();
@@ -200,6 +204,7 @@ impl SwarmTask {
                 debug!(?peer_id, %error, "a dial failed");
                 if let Some(peer) = peer_id {
                     self.dials.failed(peer, &error);
+                    self.tell_awaiting(&peer, &Err(error.to_string()));
                 }
             }
             _ => {}

@@ -227,8 +227,8 @@ impl Owner {
         }
     }
 
-    /// Looks at the apps that no site could take.
-    fn look_at_waiting(&self) {
+    /// Looks at the apps that no site could take; these backends have more room than before.
+    fn look_at_waiting(&self, room: &BTreeSet<(NodeId, String)>) {
         let mut state = self.inner.state.lock();
         let State {
             memories, dirty, ..
@@ -236,7 +236,7 @@ impl Owner {
         for (app, memory) in memories {
             let mut memory = memory.lock();
             if memory.waiting.is_some() {
-                memory.next_look = Timestamp::default();
+                memory.more_room(room);
                 dirty.insert(app.clone());
             }
         }
@@ -250,7 +250,7 @@ impl Owner {
         let mut view = self.inner.federation.network.view();
         let mut seen: BTreeMap<NodeId, Seen> = BTreeMap::new();
         loop {
-            let (mut changed, mut room) = (false, false);
+            let (mut changed, mut room) = (false, BTreeSet::new());
             {
                 let view = view.borrow_and_update();
                 let known = seen.len();
@@ -263,14 +263,16 @@ impl Owner {
                     }
                     let new = Seen::of(&new.report);
                     changed |= old.is_none_or(|old| old.matters != new.matters);
-                    room |= old.is_some_and(|old| new.has_more_room(old));
+                    let more = old.map(|old| new.more_room_than(old));
+                    room.extend(more.into_iter().flatten().map(|name| (*node, name)));
                     seen.insert(*node, new);
                 }
             }
+            if !room.is_empty() {
+                self.look_at_waiting(&room);
+            }
             if changed {
                 self.look_at_all(true);
-            } else if room {
-                self.look_at_waiting();
             }
             if view.changed().await.is_err() {
                 return;
@@ -281,11 +283,15 @@ impl Owner {
     async fn follow_silence(self) {
         let mut interval = tokio::time::interval(SUSPICION_INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut before = 0;
+        let mut before = BTreeSet::new();
         loop {
             interval.tick().await;
-            let silent = self.inner.federation.network.unheard().len();
-            if silent > 0 || before > 0 {
+            let unheard = self.inner.federation.network.unheard();
+            let silent: BTreeSet<NodeId> = unheard.into_keys().collect();
+            if silent != before {
+                self.look_at_waiting(&BTreeSet::new());
+            }
+            if silent != before || !silent.is_empty() {
                 self.look_at_all(false);
             }
             before = silent;
@@ -418,11 +424,13 @@ impl Seen {
         }
     }
 
-    fn has_more_room(&self, before: &Self) -> bool {
-        self.free.iter().any(|(name, free)| {
-            let before = before.free.get(name).unwrap_or(&Resources::ZERO);
+    /// The backends that have more room than they had before.
+    fn more_room_than(&self, before: &Self) -> Vec<String> {
+        let more = self.free.iter().filter(|(name, free)| {
+            let before = before.free.get(*name).unwrap_or(&Resources::ZERO);
             !free.fits(before)
-        })
+        });
+        more.map(|(name, _)| name.clone()).collect()
     }
 }
 

@@ -4,7 +4,7 @@
 //! Level-triggered: [`plan`] is called again after each change of its inputs and after each effect,
 //! until it says [`Step::Wait`]. It never acts twice on the same inputs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use krake_model::application::{ApplicationSpec, CopyRole, FailoverMode, MigrationStrategy};
@@ -53,8 +53,8 @@ pub struct StoredApp {
 pub struct Memory {
     /// The newest report of each copy.
     pub reports: BTreeMap<(NodeId, String), CopyReport>,
-    /// Sites that refused or failed it, until when, and why.
-    pub refusals: BTreeMap<Target, (Timestamp, String)>,
+    /// Sites that refused or failed it.
+    pub refusals: BTreeMap<Target, Refusal>,
     /// A granted reservation and the decision it is for.
     pub reserved: Option<(Target, DecisionRecord)>,
     /// Since when which other site has been better.
@@ -67,12 +67,44 @@ pub struct Memory {
     pub waiting: Option<(i64, Timestamp)>,
 }
 
+/// A site is not asked again for an app.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    until: Timestamp,
+    reason: String,
+    /// It said no when it was asked; else it tried, and the app failed there.
+    on_asking: bool,
+}
+
 impl Memory {
-    /// Takes a refusal of `target` into account until it expires.
+    /// `target` said no: it is not asked again until the refusal expires or it has more room.
     pub fn refuse(&mut self, target: Target, reason: String, now: Timestamp) {
+        self.note_refusal(target, reason, now, true);
+    }
+
+    /// The app failed at `target`, which is not asked again until that expires.
+    fn fail(&mut self, target: Target, reason: String, now: Timestamp) {
+        self.note_refusal(target, reason, now, false);
+    }
+
+    fn note_refusal(&mut self, target: Target, reason: String, now: Timestamp, on_asking: bool) {
         self.reserved = None;
-        self.refusals
-            .insert(target, (now.plus_millis(REFUSAL_TTL_MS), reason));
+        let refusal = Refusal {
+            until: now.plus_millis(REFUSAL_TTL_MS),
+            reason,
+            on_asking,
+        };
+        self.refusals.insert(target, refusal);
+    }
+
+    /// These backends have more room: those that said no are asked again. Whether they said it for
+    /// want of room makes no difference, they will say it again.
+    pub fn more_room(&mut self, backends: &BTreeSet<(NodeId, String)>) {
+        self.refusals.retain(|target, refusal| {
+            let at = (target.node, target.backend.clone());
+            !(refusal.on_asking && backends.contains(&at))
+        });
+        self.next_look = Timestamp::default();
     }
 }
 
@@ -132,7 +164,7 @@ pub enum Step {
 /// One look at an app: see the module.
 pub fn plan(app: &StoredApp, memory: &mut Memory, world: &dyn World) -> Step {
     let now = world.now();
-    memory.refusals.retain(|_, (until, _)| *until > now);
+    memory.refusals.retain(|_, refusal| refusal.until > now);
     if world.isolated() {
         // A node that sees little of the federation is itself the partitioned one (DESIGN §5).
         return Step::Wait(now.plus_millis(1000));
@@ -141,6 +173,12 @@ pub fn plan(app: &StoredApp, memory: &mut Memory, world: &dyn World) -> Step {
         return plan_deletion(app, memory, world);
     }
     let Some((assign, epoch)) = &app.assign else {
+        let waits = memory
+            .waiting
+            .is_some_and(|(generation, _)| generation == app.generation);
+        if waits && now < memory.next_look {
+            return Step::Wait(memory.next_look);
+        }
         return plan_placement(app, memory, world, None, Trigger::SpecChanged);
     };
     if let Some(next) = settle(app, assign, *epoch, memory, world) {
@@ -273,7 +311,7 @@ fn settle_surge(
             None if late => format!("not ready within {} s", app.policy.ready_timeout.as_secs()),
             None => "the site was lost".to_owned(),
         };
-        memory.refuse(active.target.clone(), why, now);
+        memory.fail(active.target.clone(), why, now);
         turn(next, &active.target, CopyRole::Deleting);
         turn(next, &outgoing.target, CopyRole::Active);
     }
@@ -301,7 +339,7 @@ fn plan_running(
             .clone()
             .unwrap_or_else(|| "the site could not run it".to_owned());
         if !memory.refusals.contains_key(&active.target) {
-            memory.refuse(active.target.clone(), why, now);
+            memory.fail(active.target.clone(), why, now);
             return plan_placement(app, memory, world, Some(assign), Trigger::SiteFailed);
         }
     }
@@ -391,8 +429,8 @@ fn decide_for(
                 && (current.as_ref() != Some(&site.target)
                     || (app.policy.failover_mode == FailoverMode::Prompt
                         && world.sight(&site.target.node, app.policy.detect_after) == Sight::Lost));
-            if let Some((_, reason)) = memory.refusals.get(&site.target) {
-                site.refusals.push(reason.clone());
+            if let Some(refusal) = memory.refusals.get(&site.target) {
+                site.refusals.push(refusal.reason.clone());
             }
             site
         })

@@ -249,9 +249,47 @@ fn an_app_that_fits_nowhere_is_tried_again_less_and_less_often() {
     // A changed spec begins to wait anew.
     play.app.generation += 1;
     assert_eq!(play.settle().millis_since(play.world.now), 1000);
+    // It is not decided before its time, unless something speaks for it.
     play.world.lost.clear();
     play.settle();
+    assert_eq!(play.copies(), "");
+    play.memory.more_room(&BTreeSet::new());
+    play.settle();
     assert_eq!(play.copies(), "site1:active");
+}
+
+#[test]
+fn a_site_that_said_no_is_asked_again_when_it_has_more_room() {
+    let mut play = Play::new(&[30.0]);
+    play.refusing.insert(node(1));
+    play.settle();
+    play.pass(1000);
+    play.settle();
+    assert_eq!(play.asked, ["site1"], "it said no a second ago");
+    let room = |number| BTreeSet::from([(node(number), "default".to_owned())]);
+    play.memory.more_room(&room(2));
+    play.settle();
+    assert_eq!(play.asked, ["site1"], "another one has more room");
+    play.memory.more_room(&room(1));
+    play.settle();
+    assert_eq!(play.asked, ["site1", "site1"], "it may still say no");
+    play.refusing.clear();
+    play.memory.more_room(&room(1));
+    play.settle();
+    assert_eq!(play.copies(), "site1:active");
+}
+
+#[test]
+fn room_does_not_speak_for_a_site_where_the_app_failed() {
+    let mut play = Play::new(&[30.0]);
+    play.settle();
+    play.report(1, ReportedState::Failed);
+    play.settle();
+    let refused = play.memory.refusals.clone();
+    assert_eq!(refused.len(), 1);
+    let room = BTreeSet::from([(node(1), "default".to_owned())]);
+    play.memory.more_room(&room);
+    assert_eq!(play.memory.refusals, refused);
 }
 
 #[test]

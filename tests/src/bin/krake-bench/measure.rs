@@ -16,11 +16,11 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     at(&values, 0.5)
 }
 
-/// `p50 / p95 / max`.
+/// `p50 / p95 / p99 / max`.
 pub fn spread(mut values: Vec<f64>) -> String {
     values.sort_by(f64::total_cmp);
-    let [middle, high, most] = [0.5, 0.95, 1.0].map(|share| at(&values, share));
-    format!("{middle:.1} / {high:.1} / {most:.1}")
+    let [middle, high, higher, most] = [0.5, 0.95, 0.99, 1.0].map(|share| at(&values, share));
+    format!("{middle:.1} / {high:.1} / {higher:.1} / {most:.1}")
 }
 
 /// The program of a process, by its directory in `/proc`, and the processor seconds it spent so
@@ -66,7 +66,7 @@ mod tests {
     fn figures_are_of_all_values_in_any_order() {
         let values: Vec<f64> = (0..=100).rev().map(f64::from).collect();
         assert_eq!(median(values.clone()), 50.0);
-        assert_eq!(spread(values), "50.0 / 95.0 / 100.0");
+        assert_eq!(spread(values), "50.0 / 95.0 / 99.0 / 100.0");
         assert_eq!(metric("a 1\nsyncs_total 7\n", "syncs_total"), 7.0);
     }
 

@@ -14,6 +14,7 @@ use priority_queue::PriorityQueue;
 use serde_json::Value;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::time::Instant;
 use tracing::{error, info};
 
 use super::effects::Effects;
@@ -24,8 +25,13 @@ use crate::records::{self, AssignRecord, CopyReport, PlacementStatus, ReportedSt
 
 /// Apps decided upon at once.
 const AT_ONCE: usize = 64;
-/// While a site is silent all apps are looked at this often.
-const SUSPICION_INTERVAL: Duration = Duration::from_millis(500);
+/// How often is looked whether a member fell silent or came back.
+const SILENCE_INTERVAL: Duration = Duration::from_millis(500);
+/// News of sites that come sooner than this after others are looked at together: a hundred sites have
+/// some all the time.
+const NEWS_INTERVAL: Duration = Duration::from_secs(1);
+/// The same for each app, so that decisions about very many of them leave most of a core to others.
+const NEWS_INTERVAL_OF_APP: Duration = Duration::from_micros(500);
 
 /// The owner of the apps in the shards this node leads. Cheap to clone.
 #[derive(Clone)]
@@ -249,8 +255,9 @@ impl Owner {
     async fn follow_view(self) {
         let mut view = self.inner.federation.network.view();
         let mut seen: BTreeMap<NodeId, Seen> = BTreeMap::new();
+        let (mut changed, mut next) = (false, Instant::now());
         loop {
-            let (mut changed, mut room) = (false, BTreeSet::new());
+            let mut room = BTreeSet::new();
             {
                 let view = view.borrow_and_update();
                 let known = seen.len();
@@ -271,17 +278,21 @@ impl Owner {
             if !room.is_empty() {
                 self.look_at_waiting(&room);
             }
-            if changed {
+            let now = Instant::now();
+            if changed && now >= next {
                 self.look_at_all(true);
+                changed = false;
+                next = now + NEWS_INTERVAL.max(NEWS_INTERVAL_OF_APP * self.owned() as u32);
             }
-            if view.changed().await.is_err() {
-                return;
+            tokio::select! {
+                news = view.changed() => if news.is_err() { return },
+                () = tokio::time::sleep_until(next), if changed => {}
             }
         }
     }
 
     async fn follow_silence(self) {
-        let mut interval = tokio::time::interval(SUSPICION_INTERVAL);
+        let mut interval = tokio::time::interval(SILENCE_INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut before = BTreeSet::new();
         loop {
@@ -290,8 +301,6 @@ impl Owner {
             let silent: BTreeSet<NodeId> = unheard.into_keys().collect();
             if silent != before {
                 self.look_at_waiting(&BTreeSet::new());
-            }
-            if silent != before || !silent.is_empty() {
                 self.look_at_all(false);
             }
             before = silent;

@@ -25,6 +25,9 @@ const REFUSAL_TTL_MS: i64 = 60_000;
 const RETRY_MS_MIN: i64 = 1_000;
 const RETRY_MS_MAX: i64 = 10_000;
 
+/// How often an app is looked at that has a copy at a suspect site.
+const SUSPECT_LOOK_MS: i64 = 500;
+
 /// Everything stored about one app.
 #[derive(Clone, Debug)]
 pub struct StoredApp {
@@ -163,6 +166,22 @@ pub enum Step {
 
 /// One look at an app: see the module.
 pub fn plan(app: &StoredApp, memory: &mut Memory, world: &dyn World) -> Step {
+    match step(app, memory, world) {
+        // The verdict on a silent site comes with time, not with anything that happens.
+        Step::Wait(until) if depends_on_a_suspect(app, world) => {
+            Step::Wait(until.min(world.now().plus_millis(SUSPECT_LOOK_MS)))
+        }
+        step => step,
+    }
+}
+
+fn depends_on_a_suspect(app: &StoredApp, world: &dyn World) -> bool {
+    let copies = app.assign.iter().flat_map(|(assign, _)| &assign.copies);
+    let mut nodes = copies.map(|copy| &copy.target.node);
+    nodes.any(|node| world.sight(node, app.policy.detect_after) == Sight::Suspect)
+}
+
+fn step(app: &StoredApp, memory: &mut Memory, world: &dyn World) -> Step {
     let now = world.now();
     memory.refusals.retain(|_, refusal| refusal.until > now);
     if world.isolated() {

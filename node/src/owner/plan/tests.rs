@@ -14,6 +14,7 @@ const HOLD: i64 = 10_000;
 struct Sky {
     sites: Vec<SiteState>,
     lost: BTreeSet<NodeId>,
+    suspect: BTreeSet<NodeId>,
     isolated: bool,
     definitions: BTreeMap<String, MetricDefinition>,
     now: Timestamp,
@@ -26,6 +27,8 @@ impl World for Sky {
     fn sight(&self, node: &NodeId, _: Duration) -> Sight {
         if self.lost.contains(node) {
             Sight::Lost
+        } else if self.suspect.contains(node) {
+            Sight::Suspect
         } else {
             Sight::Alive
         }
@@ -127,6 +130,7 @@ impl Play {
                     .map(|(carbon, number)| site(number, *carbon))
                     .collect(),
                 lost: BTreeSet::new(),
+                suspect: BTreeSet::new(),
                 isolated: false,
                 definitions,
                 now: Timestamp::from_millis(1_000_000),
@@ -358,6 +362,20 @@ fn the_apps_of_a_lost_site_run_elsewhere_and_its_copy_is_removed_when_it_returns
     play.report(2, ReportedState::Gone);
     play.settle();
     assert_eq!(play.copies(), "site1:active");
+}
+
+#[test]
+fn an_app_at_a_suspect_site_is_looked_at_often() {
+    let mut play = Play::new(&[300.0, 20.0]);
+    play.settle();
+    play.report(2, ReportedState::Ready);
+    let calm = play.settle();
+    assert_eq!(calm.millis_since(play.world.now), 5000);
+    play.world.suspect.insert(node(1));
+    assert_eq!(play.settle(), calm, "it does not run there");
+    play.world.suspect.insert(node(2));
+    assert_eq!(play.settle().millis_since(play.world.now), 500);
+    assert_eq!(play.copies(), "site2:active");
 }
 
 #[test]

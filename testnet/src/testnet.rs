@@ -263,7 +263,7 @@ impl Drop for Testnet {
 /// What [`down`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stopped {
-    /// Processes that ran.
+    /// Processes that ran, also those that `up` stopped itself when it was asked to.
     pub processes: usize,
     /// Nodes that had to be killed.
     pub killed: usize,
@@ -282,6 +282,7 @@ pub async fn down(directory: &Directory) -> anyhow::Result<Stopped> {
         Ok(state.clone())
     };
     let state = directory.update(mark)?;
+    let mut stopped = state.alive();
     let own = std::process::id();
     if let Some(holder) = state.holder.filter(|holder| holder.pid != own) {
         // It stops what it is starting just now; what it leaves is ended below.
@@ -291,12 +292,13 @@ pub async fn down(directory: &Directory) -> anyhow::Result<Stopped> {
             process::kill_now(&[holder]).await;
         }
     }
-    let mut processes = 0;
     let mut killed = 0;
     // Twice, for what was started meanwhile.
     for state in [state, directory.require()?] {
         let nodes = state.nodes_alive();
-        processes += state.alive().len();
+        let mut more = state.alive();
+        more.retain(|process| !stopped.contains(process));
+        stopped.extend(more);
         killed += process::terminate(&nodes, NODE_PATIENCE).await;
         process::terminate(&state.alive(), CLUSTER_PATIENCE).await;
     }
@@ -304,7 +306,10 @@ pub async fn down(directory: &Directory) -> anyhow::Result<Stopped> {
         state.holder = None;
         Ok(())
     })?;
-    Ok(Stopped { processes, killed })
+    Ok(Stopped {
+        processes: stopped.len(),
+        killed,
+    })
 }
 
 /// A process that ended although nobody asked it to.

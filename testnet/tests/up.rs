@@ -372,8 +372,14 @@ fn an_interrupt_stops_everything_at_any_time() {
             assert!(Instant::now() < end, "{name}: not started");
             std::thread::sleep(LOOK);
         }
-        let holder = ProcessId::of(up.id()).unwrap();
-        assert!(holder.signal(nix::sys::signal::Signal::SIGINT));
+        if ready {
+            let down = run(&dir, &["down"]);
+            let told = text(&down.stdout);
+            assert!(told.starts_with("stopped 2 processes of "), "{told}");
+        } else {
+            let holder = ProcessId::of(up.id()).unwrap();
+            assert!(holder.signal(nix::sys::signal::Signal::SIGINT));
+        }
         let status = up.wait().unwrap();
         assert_eq!(status.code(), Some(if ready { 0 } else { 130 }), "{name}");
         assert_eq!(left_behind(&dir), Vec::<String>::new(), "{name}");

@@ -1,6 +1,6 @@
 //! The handle others use, and the tasks behind it.
 
-mod closing;
+mod abrupt;
 mod connections;
 mod exchange;
 mod frames;

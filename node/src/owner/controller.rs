@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use krake_consensus::{Batch, Entry};
+use krake_model::decision::Target;
 use krake_model::report::SiteReport;
 use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Resources, Revision, Timestamp};
 use krake_placement::spec::{Defaults, validate};
@@ -17,7 +18,7 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::time::Instant;
 use tracing::{error, info};
 
-use super::effects::Effects;
+use super::effects::{Effects, Looked};
 use super::plan::{Memory, StoredApp};
 use crate::catalog::{self, Catalog, epoch_of};
 use crate::federation::{Federation, now};
@@ -25,6 +26,8 @@ use crate::records::{self, AssignRecord, CopyReport, PlacementStatus, ReportedSt
 
 /// Apps decided upon at once.
 const AT_ONCE: usize = 64;
+/// The dispatcher looks again after this time, whatever happens.
+const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// How often is looked whether a member fell silent or came back.
 const SILENCE_INTERVAL: Duration = Duration::from_millis(500);
 /// News of sites that come sooner than this after others are looked at together: a hundred sites have
@@ -53,7 +56,7 @@ struct State {
     dirty: BTreeSet<AppKey>,
     busy: BTreeSet<AppKey>,
     /// When an app is looked at without a reason.
-    due: PriorityQueue<AppKey, Reverse<Timestamp>>,
+    due: PriorityQueue<AppKey, Reverse<Instant>>,
     led: BTreeSet<GroupId>,
     /// The newest change of each app that has been looked at.
     known: BTreeMap<AppKey, Revision>,
@@ -233,16 +236,14 @@ impl Owner {
         }
     }
 
-    /// Looks at the apps that no site could take; these backends have more room than before.
-    fn look_at_waiting(&self, room: &BTreeSet<(NodeId, String)>) {
+    /// Something speaks for asking these again: looks at the apps that no site could take.
+    fn ask_again(&self, is_meant: impl Fn(&Target) -> bool) {
         let mut state = self.inner.state.lock();
         let State {
             memories, dirty, ..
         } = &mut *state;
         for (app, memory) in memories {
-            let mut memory = memory.lock();
-            if memory.waiting.is_some() {
-                memory.more_room(room);
+            if memory.lock().ask_again(&is_meant) {
                 dirty.insert(app.clone());
             }
         }
@@ -255,9 +256,9 @@ impl Owner {
     async fn follow_view(self) {
         let mut view = self.inner.federation.network.view();
         let mut seen: BTreeMap<NodeId, Seen> = BTreeMap::new();
-        let (mut changed, mut next) = (false, Instant::now());
+        let (mut changed, mut room) = (false, BTreeSet::new());
+        let mut next = Instant::now();
         loop {
-            let mut room = BTreeSet::new();
             {
                 let view = view.borrow_and_update();
                 let known = seen.len();
@@ -275,18 +276,22 @@ impl Owner {
                     seen.insert(*node, new);
                 }
             }
-            if !room.is_empty() {
-                self.look_at_waiting(&room);
-            }
             let now = Instant::now();
-            if changed && now >= next {
-                self.look_at_all(true);
-                changed = false;
+            if now >= next && (changed || !room.is_empty()) {
+                if !room.is_empty() {
+                    let has = |at: &Target| room.contains(&(at.node, at.backend.clone()));
+                    self.ask_again(has);
+                    room.clear();
+                }
+                if std::mem::take(&mut changed) {
+                    self.look_at_all(true);
+                }
                 next = now + NEWS_INTERVAL.max(NEWS_INTERVAL_OF_APP * self.owned() as u32);
             }
+            let waits = changed || !room.is_empty();
             tokio::select! {
                 news = view.changed() => if news.is_err() { return },
-                () = tokio::time::sleep_until(next), if changed => {}
+                () = tokio::time::sleep_until(next), if waits => {}
             }
         }
     }
@@ -300,7 +305,8 @@ impl Owner {
             let unheard = self.inner.federation.network.unheard();
             let silent: BTreeSet<NodeId> = unheard.into_keys().collect();
             if silent != before {
-                self.look_at_waiting(&BTreeSet::new());
+                let is_back = |at: &Target| before.contains(&at.node) && !silent.contains(&at.node);
+                self.ask_again(is_back);
                 self.look_at_all(false);
             }
             before = silent;
@@ -364,8 +370,8 @@ impl Owner {
             };
             let owner = self.clone();
             tokio::spawn(async move {
-                let due = Effects::new(&owner).work_on(&app, &memory).await;
-                owner.done(app, due);
+                let looked = Effects::new(&owner).work_on(&app, &memory).await;
+                owner.done(app, looked);
                 drop(slot);
             });
         }
@@ -373,7 +379,7 @@ impl Owner {
 
     /// The next app to look at, or how long nothing is due.
     fn next(&self) -> (Option<Due>, Duration) {
-        let now = now();
+        let now = Instant::now();
         let mut state = self.inner.state.lock();
         while let Some((app, _)) = state.due.pop_if(|_, Reverse(at)| *at <= now) {
             state.dirty.insert(app);
@@ -392,21 +398,26 @@ impl Owner {
         let wait = state
             .due
             .peek()
-            .map_or(1000, |(_, Reverse(at))| at.millis_since(now));
-        (None, Duration::from_millis(wait.clamp(5, 1000)))
+            .map_or(IDLE_WAIT, |(_, Reverse(at))| at.duration_since(now));
+        (None, wait.min(IDLE_WAIT))
     }
 
-    fn done(&self, app: AppKey, due: Option<Timestamp>) {
+    fn done(&self, app: AppKey, looked: Looked) {
         let mut state = self.inner.state.lock();
         state.busy.remove(&app);
-        match due {
-            Some(due) => {
-                state.due.push(app, Reverse(due));
-            }
-            None => {
-                state.memories.remove(&app);
-                state.known.remove(&app);
-            }
+        let group = self.inner.federation.catalog.group_of(&app);
+        let wait = match looked {
+            // Timers do not follow the clock on the wall.
+            Looked::Again(at) => Some(Duration::from_millis(at.millis_since(now()))),
+            // It was led meanwhile by somebody else, and nothing noticed.
+            Looked::NotOurs if state.led.contains(&group) => Some(IDLE_WAIT),
+            Looked::NotOurs | Looked::Gone => None,
+        };
+        if let Some(wait) = wait {
+            state.due.push(app, Reverse(Instant::now() + wait));
+        } else {
+            state.memories.remove(&app);
+            state.known.remove(&app);
         }
         drop(state);
         self.inner.wake.notify_one();

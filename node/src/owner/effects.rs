@@ -37,6 +37,22 @@ pub(super) struct Effects<'a> {
 /// Something could not be done now.
 type Later = String;
 
+/// What came of a look at an app.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Looked {
+    /// It is looked at again at this time.
+    Again(Timestamp),
+    /// There is no such app, or it cannot be understood.
+    Gone,
+    /// This node does not own it now.
+    NotOurs,
+}
+
+/// After something failed.
+fn soon() -> Looked {
+    Looked::Again(now().plus_millis(RETRY_MS))
+}
+
 impl<'a> Effects<'a> {
     pub(super) const fn new(owner: &'a Owner) -> Self {
         Self { owner }
@@ -57,26 +73,27 @@ impl<'a> Effects<'a> {
         )
     }
 
-    /// Works on an app until there is nothing to do; returns when to look again, `None` when the
-    /// app is gone or not ours.
-    pub(super) async fn work_on(
-        &self,
-        app: &AppKey,
-        memory: &Arc<Mutex<Memory>>,
-    ) -> Option<Timestamp> {
+    /// Works on an app until there is nothing to do.
+    pub(super) async fn work_on(&self, app: &AppKey, memory: &Arc<Mutex<Memory>>) -> Looked {
         let mut before = None;
         for _ in 0..STEPS_MAX {
             if !self.owner.owns(app) {
-                return None;
+                return Looked::NotOurs;
             }
-            let loaded = self.load(app, before.take())?;
+            let Some(loaded) = self.load(app, before.take()) else {
+                return Looked::Gone;
+            };
             self.owner.has_seen(app, loaded.revision());
             forget_others(&loaded, memory);
-            let world = self.owner.inner.federation.moment();
-            let step = plan(&loaded.app, &mut memory.lock(), &world);
+            let step = {
+                // In this order: news that speak for another look come after what is seen here.
+                let mut memory = memory.lock();
+                let world = self.owner.inner.federation.moment();
+                plan(&loaded.app, &mut memory, &world)
+            };
             let result = match step {
                 Step::Wait(until) => {
-                    return Some(match self.write_status(&loaded, memory, None).await {
+                    return Looked::Again(match self.write_status(&loaded, memory, None).await {
                         Ok(()) => until,
                         Err(error) => {
                             debug!(%app, error, "the status is written later");
@@ -94,25 +111,30 @@ impl<'a> Effects<'a> {
                 }
                 Step::Unplaceable(decision) => {
                     info!(%app, reason = decision.reason, "no site fits");
-                    self.write_status(&loaded, memory, Some(&decision)).await
+                    let written = self.write_status(&loaded, memory, Some(&decision)).await;
+                    if written.is_err() {
+                        // It is not shown yet.
+                        memory.lock().unplaceable = None;
+                    }
+                    written
                 }
                 Step::Finish(tombstone) => {
                     return match self.finish(&loaded, tombstone).await {
-                        Ok(()) => None,
+                        Ok(()) => Looked::Gone,
                         Err(error) => {
                             debug!(%app, error, "the app is removed later");
-                            Some(now().plus_millis(RETRY_MS))
+                            soon()
                         }
                     };
                 }
             };
             if let Err(error) = result {
                 debug!(%app, error, "tried again later");
-                return Some(now().plus_millis(RETRY_MS));
+                return soon();
             }
             before = Some(loaded);
         }
-        Some(now().plus_millis(RETRY_MS))
+        soon()
     }
 
     async fn reserve(

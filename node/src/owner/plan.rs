@@ -4,7 +4,7 @@
 //! Level-triggered: [`plan`] is called again after each change of its inputs and after each effect,
 //! until it says [`Step::Wait`]. It never acts twice on the same inputs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use krake_model::application::{ApplicationSpec, CopyRole, FailoverMode, MigrationStrategy};
@@ -17,16 +17,21 @@ use krake_placement::spec::ResolvedPolicy;
 
 use crate::records::{AssignRecord, AssignedCopy, CopyReport, ReportedState, Tombstone};
 
-/// How long a site that refused or failed an app is not asked again for it.
-const REFUSAL_TTL_MS: i64 = 60_000;
+/// How long a site at which an app failed is not asked again for it.
+const FAILURE_TTL_MS: i64 = 60_000;
+/// How long a site that said no, or could not be asked, is not asked again, unless something speaks
+/// for it before.
+const REFUSAL_TTL_MS: i64 = 10_000;
 /// An app that no site can take is tried again when it has waited twice as long, between these: as
 /// Kubernetes' scheduler does (`podInitialBackoffSeconds`, `podMaxBackoffSeconds`). News of a site,
 /// or more room in it, is another reason to try.
 const RETRY_MS_MIN: i64 = 1_000;
 const RETRY_MS_MAX: i64 = 10_000;
 
-/// How often an app is looked at that has a copy at a suspect site.
+/// How often an app is looked at that has a copy at a suspect site,
 const SUSPECT_LOOK_MS: i64 = 500;
+/// or at a lost one.
+const LOST_LOOK_MS: i64 = 10_000;
 
 /// Everything stored about one app.
 #[derive(Clone, Debug)]
@@ -75,39 +80,61 @@ pub struct Memory {
 pub struct Refusal {
     until: Timestamp,
     reason: String,
-    /// It said no when it was asked; else it tried, and the app failed there.
-    on_asking: bool,
+    /// The app failed there; else the site said no, or could not be asked.
+    failed: bool,
 }
 
 impl Memory {
-    /// `target` said no: it is not asked again until the refusal expires or it has more room.
+    /// `target` said no, or could not be asked.
     pub fn refuse(&mut self, target: Target, reason: String, now: Timestamp) {
-        self.note_refusal(target, reason, now, true);
+        let until = now.plus_millis(REFUSAL_TTL_MS);
+        self.note(
+            target,
+            Refusal {
+                until,
+                reason,
+                failed: false,
+            },
+        );
     }
 
-    /// The app failed at `target`, which is not asked again until that expires.
+    /// The app failed at `target`.
     fn fail(&mut self, target: Target, reason: String, now: Timestamp) {
-        self.note_refusal(target, reason, now, false);
+        let until = now.plus_millis(FAILURE_TTL_MS);
+        self.note(
+            target,
+            Refusal {
+                until,
+                reason,
+                failed: true,
+            },
+        );
     }
 
-    fn note_refusal(&mut self, target: Target, reason: String, now: Timestamp, on_asking: bool) {
+    fn note(&mut self, target: Target, refusal: Refusal) {
         self.reserved = None;
-        let refusal = Refusal {
-            until: now.plus_millis(REFUSAL_TTL_MS),
-            reason,
-            on_asking,
-        };
+        // What else there is, is looked for at once.
+        self.next_look = Timestamp::default();
         self.refusals.insert(target, refusal);
     }
 
-    /// These backends have more room: those that said no are asked again. Whether they said it for
-    /// want of room makes no difference, they will say it again.
-    pub fn more_room(&mut self, backends: &BTreeSet<(NodeId, String)>) {
-        self.refusals.retain(|target, refusal| {
-            let at = (target.node, target.backend.clone());
-            !(refusal.on_asking && backends.contains(&at))
-        });
-        self.next_look = Timestamp::default();
+    /// Something speaks for asking these again: they have more room, or are back. `true`: the app
+    /// waits for it.
+    pub fn ask_again(&mut self, is_meant: impl Fn(&Target) -> bool) -> bool {
+        self.refusals
+            .retain(|target, refusal| refusal.failed || !is_meant(target));
+        let waits = self.waiting.is_some();
+        if waits {
+            self.next_look = Timestamp::default();
+        }
+        waits
+    }
+
+    /// When to look again, if not now; `longest` milliseconds from now at most, or the clock was set
+    /// back.
+    fn not_before(&self, now: Timestamp, longest: i64) -> Option<Timestamp> {
+        let later = now < self.next_look && self.next_look <= now.plus_millis(longest);
+        later.then_some(self.next_look)
     }
 }
 
@@ -167,23 +194,33 @@ pub enum Step {
 /// One look at an app: see the module.
 pub fn plan(app: &StoredApp, memory: &mut Memory, world: &dyn World) -> Step {
     match step(app, memory, world) {
-        // The verdict on a silent site comes with time, not with anything that happens.
-        Step::Wait(until) if depends_on_a_suspect(app, world) => {
-            Step::Wait(until.min(world.now().plus_millis(SUSPECT_LOOK_MS)))
-        }
+        Step::Wait(until) => Step::Wait(until.min(next_verdict(app, world))),
         step => step,
     }
 }
 
-fn depends_on_a_suspect(app: &StoredApp, world: &dyn World) -> bool {
+/// When to look at the silent sites among the app's again: the verdict on one comes with time and
+/// from what others say, not with anything that happens here.
+fn next_verdict(app: &StoredApp, world: &dyn World) -> Timestamp {
     let copies = app.assign.iter().flat_map(|(assign, _)| &assign.copies);
-    let mut nodes = copies.map(|copy| &copy.target.node);
-    nodes.any(|node| world.sight(node, app.policy.detect_after) == Sight::Suspect)
+    let waits =
+        copies.filter_map(
+            |copy| match world.sight(&copy.target.node, app.policy.detect_after) {
+                Sight::Alive => None,
+                Sight::Suspect => Some(SUSPECT_LOOK_MS),
+                Sight::Lost => Some(LOST_LOOK_MS),
+            },
+        );
+    let wait = waits.min().unwrap_or(i64::MAX);
+    world.now().plus_millis(wait)
 }
 
 fn step(app: &StoredApp, memory: &mut Memory, world: &dyn World) -> Step {
     let now = world.now();
-    memory.refusals.retain(|_, refusal| refusal.until > now);
+    let latest = now.plus_millis(FAILURE_TTL_MS);
+    memory
+        .refusals
+        .retain(|_, refusal| now < refusal.until && refusal.until <= latest);
     if world.isolated() {
         // A node that sees little of the federation is itself the partitioned one (DESIGN §5).
         return Step::Wait(now.plus_millis(1000));
@@ -195,8 +232,9 @@ fn step(app: &StoredApp, memory: &mut Memory, world: &dyn World) -> Step {
         let waits = memory
             .waiting
             .is_some_and(|(generation, _)| generation == app.generation);
-        if waits && now < memory.next_look {
-            return Step::Wait(memory.next_look);
+        let later = memory.not_before(now, RETRY_MS_MAX);
+        if let Some(later) = later.filter(|_| waits && memory.reserved.is_none()) {
+            return Step::Wait(later);
         }
         return plan_placement(app, memory, world, None, Trigger::SpecChanged);
     };
@@ -375,8 +413,9 @@ fn plan_running(
         let timeout = app.policy.ready_timeout.as_millis() as i64 + 1;
         return Step::Wait(active.since.plus_millis(timeout).max(now.plus_millis(100)));
     }
-    if now < memory.next_look && memory.reserved.is_none() {
-        return Step::Wait(memory.next_look);
+    let later = memory.not_before(now, app.policy.reschedule_interval.as_millis() as i64);
+    if let Some(later) = later.filter(|_| memory.reserved.is_none()) {
+        return Step::Wait(later);
     }
     plan_placement(app, memory, world, Some(assign), Trigger::Timer)
 }
@@ -417,8 +456,8 @@ fn plan_placement(
         return Step::Unplaceable(Box::new(record));
     };
     memory.unplaceable = None;
-    memory.waiting = None;
     if Some(&chosen) == current.as_ref() {
+        memory.waiting = None;
         // While a move is on its way its lead counts on: see the reservation below.
         memory.better_since = decision.better_since;
         return keep(app, assign, record, world, memory);

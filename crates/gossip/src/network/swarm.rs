@@ -15,7 +15,7 @@ use libp2p::{
     yamux,
 };
 
-use super::closing::Closing;
+use super::abrupt::Abrupt;
 use super::{NetworkConfig, NetworkError};
 use crate::behaviour::{Behaviour, Inner, MemberSet, MembersOnly};
 
@@ -80,7 +80,7 @@ pub(super) fn build_swarm(
                 .upgrade(upgrade::Version::V1Lazy)
                 .authenticate(noise::Config::new(key)?)
                 .multiplex(yamux::Config::default())
-                .map(|(peer, muxer), _| (peer, Closing::new(muxer)));
+                .map(|(peer, muxer), _| (peer, Abrupt(muxer)));
             Ok(transport)
         })
         .map_err(|error| start(error.to_string()))?

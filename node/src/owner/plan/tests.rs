@@ -167,6 +167,7 @@ impl Play {
                     self.app.assign = Some((*next, epoch));
                     self.app.decision = decision.map(|d| *d).or(self.app.decision.take());
                     self.memory.reserved = None;
+                    self.memory.waiting = None;
                     self.memory.better_since = None;
                 }
                 Step::Unplaceable(_) => {}
@@ -257,43 +258,58 @@ fn an_app_that_fits_nowhere_is_tried_again_less_and_less_often() {
     play.world.lost.clear();
     play.settle();
     assert_eq!(play.copies(), "");
-    play.memory.more_room(&BTreeSet::new());
+    play.memory.ask_again(|_| false);
     play.settle();
     assert_eq!(play.copies(), "site1:active");
 }
 
 #[test]
-fn a_site_that_said_no_is_asked_again_when_it_has_more_room() {
+fn a_site_that_said_no_is_asked_again_when_something_speaks_for_it_or_after_a_while() {
     let mut play = Play::new(&[30.0]);
     play.refusing.insert(node(1));
     play.settle();
     play.pass(1000);
     play.settle();
-    assert_eq!(play.asked, ["site1"], "it said no a second ago");
-    let room = |number| BTreeSet::from([(node(number), "default".to_owned())]);
-    play.memory.more_room(&room(2));
+    assert_eq!(play.asked.len(), 1, "it said no a second ago");
+    assert!(play.memory.ask_again(|at| at.node == node(2)));
     play.settle();
-    assert_eq!(play.asked, ["site1"], "another one has more room");
-    play.memory.more_room(&room(1));
+    assert_eq!(play.asked.len(), 1, "another one has more room");
+    assert!(play.memory.ask_again(|at| at.node == node(1)));
     play.settle();
-    assert_eq!(play.asked, ["site1", "site1"], "it may still say no");
+    assert_eq!(play.asked.len(), 2, "it may still say no");
+    // Asking it was no end of the wait.
+    assert_eq!(play.settle().millis_since(play.world.now), 1000);
+    play.pass(9_999);
+    play.settle();
+    assert_eq!(play.asked.len(), 2);
     play.refusing.clear();
-    play.memory.more_room(&room(1));
+    play.pass(1);
     play.settle();
     assert_eq!(play.copies(), "site1:active");
+    assert!(!play.memory.ask_again(|_| true), "it waits for nothing");
 }
 
 #[test]
-fn room_does_not_speak_for_a_site_where_the_app_failed() {
+fn nothing_speaks_for_a_site_where_the_app_failed() {
     let mut play = Play::new(&[30.0]);
     play.settle();
     play.report(1, ReportedState::Failed);
     play.settle();
     let refused = play.memory.refusals.clone();
     assert_eq!(refused.len(), 1);
-    let room = BTreeSet::from([(node(1), "default".to_owned())]);
-    play.memory.more_room(&room);
+    play.memory.ask_again(|_| true);
     assert_eq!(play.memory.refusals, refused);
+}
+
+#[test]
+fn a_clock_that_is_set_back_stops_nothing() {
+    let mut play = Play::new(&[30.0]);
+    play.refusing.insert(node(1));
+    play.settle();
+    play.refusing.clear();
+    play.world.now = play.world.now.plus_millis(-3_600_000);
+    play.settle();
+    assert_eq!(play.copies(), "site1:active");
 }
 
 #[test]
@@ -376,6 +392,15 @@ fn an_app_at_a_suspect_site_is_looked_at_often() {
     play.world.suspect.insert(node(2));
     assert_eq!(play.settle().millis_since(play.world.now), 500);
     assert_eq!(play.copies(), "site2:active");
+    play.world.suspect.clear();
+    // Others may hear a lost one again.
+    play.world.lost.insert(node(2));
+    play.settle();
+    assert_eq!(play.copies(), "site2:deleting site1:active");
+    play.report(1, ReportedState::Ready);
+    play.memory.next_look = play.world.now.plus_millis(3_600_000);
+    play.app.policy.reschedule_interval = Duration::from_secs(3_600);
+    assert_eq!(play.settle().millis_since(play.world.now), 10_000);
 }
 
 #[test]

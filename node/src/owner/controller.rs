@@ -33,8 +33,8 @@ const SILENCE_INTERVAL: Duration = Duration::from_millis(500);
 /// News of sites that come sooner than this after others are looked at together: a hundred sites have
 /// some all the time.
 const NEWS_INTERVAL: Duration = Duration::from_secs(1);
-/// The same for each app, so that decisions about very many of them leave most of a core to others.
-const NEWS_INTERVAL_OF_APP: Duration = Duration::from_micros(500);
+/// The same for each app: a decision takes about a tenth of it.
+const NEWS_INTERVAL_OF_APP: Duration = Duration::from_millis(1);
 
 /// The owner of the apps in the shards this node leads. Cheap to clone.
 #[derive(Clone)]

@@ -161,8 +161,7 @@ impl Agent {
     fn all_apps(&self) -> Vec<AppKey> {
         let catalog = &self.inner.federation.catalog;
         let own = self.inner.federation.own;
-        let noted = self.inner.ledger.all().into_iter();
-        let mut apps: Vec<AppKey> = noted.filter(|a| !a.delete).map(|a| a.app).collect();
+        let mut apps = self.inner.ledger.apps();
         apps.extend(self.inner.work.lock().orphans.keys().cloned());
         for group in catalog.shard_groups() {
             for (_, assign, _) in catalog.read_all::<AssignRecord>(group, records::ASSIGN) {

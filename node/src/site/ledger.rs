@@ -3,7 +3,7 @@
 //! On disk (redb, one durable transaction per change), so that a site that is cut off or restarted
 //! goes on without the federation (I6) and never obeys an older owner (I3).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use krake_model::application::Assignment;
@@ -61,12 +61,53 @@ pub enum Offer {
     Stale(Epoch),
 }
 
+/// The entries, found by what is asked for.
+#[derive(Debug, Default)]
+struct Book {
+    entries: BTreeMap<AppUid, Assignment>,
+    names: BTreeMap<AppKey, BTreeSet<AppUid>>,
+    /// Deletions, the oldest epoch first.
+    settled: BTreeSet<(Epoch, AppUid)>,
+}
+
+impl Book {
+    fn insert(&mut self, assignment: Assignment) {
+        self.remove(assignment.uid);
+        let uid = assignment.uid;
+        let names = self.names.entry(assignment.app.clone()).or_default();
+        names.insert(uid);
+        if assignment.delete {
+            self.settled.insert((assignment.epoch, uid));
+        }
+        self.entries.insert(uid, assignment);
+    }
+
+    fn remove(&mut self, uid: AppUid) {
+        let Some(old) = self.entries.remove(&uid) else {
+            return;
+        };
+        self.settled.remove(&(old.epoch, uid));
+        if let Some(names) = self.names.get_mut(&old.app) {
+            names.remove(&uid);
+            if names.is_empty() {
+                self.names.remove(&old.app);
+            }
+        }
+    }
+
+    /// The entries of every app that goes or went by this name.
+    fn of(&self, app: &AppKey) -> impl Iterator<Item = &Assignment> {
+        let uids = self.names.get(app).into_iter().flatten();
+        uids.filter_map(|uid| self.entries.get(uid))
+    }
+}
+
 /// The open ledger.
 #[derive(Debug)]
 pub struct Ledger {
     database: Database,
     path: String,
-    entries: Mutex<BTreeMap<AppUid, Assignment>>,
+    book: Mutex<Book>,
 }
 
 impl Ledger {
@@ -92,18 +133,18 @@ impl Ledger {
             .set_cache_size(CACHE_BYTES)
             .create(path)
             .map_err(|e| store(e.into()))?;
-        let entries = Self::load(&database).map_err(|e| match e {
+        let book = Self::load(&database).map_err(|e| match e {
             LoadError::Store(e) => store(*e),
             LoadError::Damaged { uid, source } => LedgerError::Damaged { uid, source },
         })?;
         Ok(Self {
             database,
             path: path.display().to_string(),
-            entries: Mutex::new(entries),
+            book: Mutex::new(book),
         })
     }
 
-    fn load(database: &Database) -> Result<BTreeMap<AppUid, Assignment>, LoadError> {
+    fn load(database: &Database) -> Result<Book, LoadError> {
         let transaction = database.begin_write().map_err(boxed)?;
         transaction.open_table(ASSIGNMENTS).map_err(boxed)?;
         transaction.commit().map_err(boxed)?;
@@ -112,7 +153,7 @@ impl Ledger {
             .map_err(boxed)?
             .open_table(ASSIGNMENTS)
             .map_err(boxed)?;
-        let mut entries = BTreeMap::new();
+        let mut book = Book::default();
         for row in table.iter().map_err(boxed)? {
             let (key, value) = row.map_err(boxed)?;
             let assignment: Assignment =
@@ -120,9 +161,9 @@ impl Ledger {
                     uid: key.value().to_owned(),
                     source,
                 })?;
-            entries.insert(assignment.uid, assignment);
+            book.insert(assignment);
         }
-        Ok(entries)
+        Ok(book)
     }
 
     /// Takes an assignment if it is newer than what has been seen of its app; durable on return.
@@ -130,8 +171,8 @@ impl Ledger {
     /// # Errors
     /// When it cannot be written: nothing has changed then.
     pub fn offer(&self, assignment: &Assignment) -> Result<Offer, LedgerError> {
-        let mut entries = self.entries.lock();
-        if let Some(known) = entries.get(&assignment.uid) {
+        let mut book = self.book.lock();
+        if let Some(known) = book.entries.get(&assignment.uid) {
             if known.epoch > assignment.epoch {
                 return Ok(Offer::Stale(known.epoch));
             }
@@ -140,17 +181,12 @@ impl Ledger {
             }
         }
         self.store(assignment)?;
-        entries.insert(assignment.uid, assignment.clone());
-        let settled = entries.values().filter(|a| a.delete).count();
-        if settled > SETTLED_MAX
-            && let Some(oldest) = entries
-                .values()
-                .filter(|a| a.delete)
-                .min_by_key(|a| a.epoch)
-                .map(|a| a.uid)
+        book.insert(assignment.clone());
+        if book.settled.len() > SETTLED_MAX
+            && let Some((_, oldest)) = book.settled.first().copied()
         {
             self.remove(&oldest)?;
-            entries.remove(&oldest);
+            book.remove(oldest);
         }
         Ok(Offer::Accepted)
     }
@@ -191,22 +227,28 @@ impl Ledger {
 
     /// What the site knows of an app.
     pub fn get(&self, uid: &AppUid) -> Option<Assignment> {
-        self.entries.lock().get(uid).cloned()
+        self.book.lock().entries.get(uid).cloned()
     }
 
-    /// The entries of every app that goes or went by this name.
+    /// What is assigned here of the apps that go or went by this name.
     pub fn of(&self, app: &AppKey) -> Vec<Assignment> {
-        let entries = self.entries.lock();
-        entries
-            .values()
-            .filter(|a| a.app == *app)
-            .cloned()
-            .collect()
+        let book = self.book.lock();
+        let assigned = book.of(app).filter(|assignment| !assignment.delete);
+        assigned.cloned().collect()
     }
 
-    /// Every entry, by UID.
-    pub fn all(&self) -> Vec<Assignment> {
-        self.entries.lock().values().cloned().collect()
+    /// Their identities.
+    pub fn uids_of(&self, app: &AppKey) -> BTreeSet<AppUid> {
+        let book = self.book.lock();
+        let assigned = book.of(app).filter(|assignment| !assignment.delete);
+        assigned.map(|assignment| assignment.uid).collect()
+    }
+
+    /// The names of all apps that are assigned here.
+    pub fn apps(&self) -> Vec<AppKey> {
+        let book = self.book.lock();
+        let assigned = book.entries.values().filter(|a| !a.delete);
+        assigned.map(|assignment| assignment.app.clone()).collect()
     }
 }
 
@@ -227,9 +269,13 @@ mod tests {
     use super::*;
 
     fn assignment(index: u64, delete: bool) -> Assignment {
+        assignment_of(1, "shop", index, delete)
+    }
+
+    fn assignment_of(uid: u128, name: &str, index: u64, delete: bool) -> Assignment {
         Assignment {
-            uid: AppUid::new(uuid::Uuid::from_u128(1)),
-            app: AppKey::new("default", "shop"),
+            uid: AppUid::new(uuid::Uuid::from_u128(uid)),
+            app: AppKey::new("default", name),
             backend: "default".to_owned(),
             epoch: Epoch {
                 incarnation: 0,
@@ -265,5 +311,35 @@ mod tests {
             Offer::Stale(newest)
         );
         assert!(ledger.get(&assignment(0, true).uid).unwrap().delete);
+    }
+
+    #[test]
+    fn what_goes_by_a_name_is_found_whatever_came_and_went() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("site.redb");
+        let ledger = Ledger::open(&path).unwrap();
+        for (uid, name, index, delete) in [
+            (1, "shop", 1, false),
+            (2, "shop", 2, false),
+            (3, "blog", 3, false),
+            (1, "shop", 4, true),
+            (3, "blog", 5, false),
+        ] {
+            let offered = ledger.offer(&assignment_of(uid, name, index, delete));
+            assert_eq!(offered.unwrap(), Offer::Accepted);
+        }
+        let check = |ledger: &Ledger| {
+            let shop = AppKey::new("default", "shop");
+            assert_eq!(ledger.of(&shop), [assignment_of(2, "shop", 2, false)]);
+            let uids: Vec<AppUid> = ledger.uids_of(&shop).into_iter().collect();
+            assert_eq!(uids, [assignment_of(2, "", 0, false).uid]);
+            assert_eq!(ledger.apps(), [shop, AppKey::new("default", "blog")]);
+            let settled = assignment_of(1, "shop", 4, true);
+            let book = ledger.book.lock();
+            assert!(book.settled.iter().eq([&(settled.epoch, settled.uid)]));
+        };
+        check(&ledger);
+        drop(ledger);
+        check(&Ledger::open(&path).unwrap());
     }
 }

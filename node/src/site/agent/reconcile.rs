@@ -1,6 +1,5 @@
 //! One app: what the catalog wants of it here, and making it so.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,14 +67,7 @@ impl Agent {
         let own = self.inner.federation.own;
         let key = records::assign_key(app);
         let mut wanted = Vec::new();
-        let mut known: BTreeSet<AppUid> = self
-            .inner
-            .ledger
-            .of(app)
-            .into_iter()
-            .filter(|assignment| !assignment.delete)
-            .map(|assignment| assignment.uid)
-            .collect();
+        let mut known = self.inner.ledger.uids_of(app);
         if let Some(orphans) = self.inner.work.lock().orphans.get(app) {
             known.extend(orphans);
         }
@@ -267,9 +259,6 @@ impl Agent {
     /// While the catalog is out of reach the copy runs on and is looked at.
     async fn observe_only(&self, app: &AppKey) {
         for assignment in self.inner.ledger.of(app) {
-            if assignment.delete {
-                continue;
-            }
             let Some(backend) = self.backend(&assignment.backend).map(Arc::clone) else {
                 continue;
             };

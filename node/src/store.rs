@@ -44,6 +44,8 @@ pub struct CatalogStore {
     /// Of each group for itself, at once.
     group_events: BTreeMap<GroupId, EventLog>,
     merge: Mutex<Merge>,
+    /// Up to where each group's changes were known when the store was made.
+    known: BTreeMap<GroupId, Revision>,
     /// All shards are known up to this revision.
     closed: AtomicU64,
     /// Somebody asked for the events of all shards.
@@ -72,33 +74,39 @@ fn app_of_event(name: &str) -> &str {
 }
 
 impl CatalogStore {
-    /// A store whose watches begin now.
+    /// A store whose watches may go on from as far back as changes are kept.
     pub fn new(catalog: Catalog, overlay: Arc<dyn Overlay>) -> Arc<Self> {
         let batches = catalog.host.watch(&WATCHED);
         let groups = Catalog::all_groups(catalog.shards);
-        let kept = (EVENTS_KEPT / groups.len()).max(GROUP_EVENTS_MIN);
-        let group_events = groups
-            .iter()
-            .map(|group| {
-                let kept = if *group == GroupId::META {
-                    EVENTS_KEPT
-                } else {
-                    kept
-                };
-                let floor = catalog.host.revision(*group).number();
-                (*group, EventLog::new(kept, floor))
-            })
-            .collect();
-        let floor = newest(&catalog, &groups);
+        let of_shard = (EVENTS_KEPT / groups.len()).max(GROUP_EVENTS_MIN);
+        let (mut group_events, mut known) = (BTreeMap::new(), BTreeMap::new());
+        let (mut floor, mut past) = (0, Vec::new());
+        for group in groups {
+            let kept = catalog.host.kept_changes(group);
+            let is_shard = group != GroupId::META;
+            if is_shard {
+                floor = kept.floor.number().max(floor);
+            }
+            let capacity = if is_shard { of_shard } else { EVENTS_KEPT };
+            group_events.insert(group, EventLog::new(capacity, kept.floor.number()));
+            known.insert(group, kept.newest);
+            past.push((group, kept.changes));
+        }
         let store = Arc::new(Self {
             catalog,
             events: EventLog::new(EVENTS_KEPT, floor),
             group_events,
             merge: Mutex::new(Merge::new(EVENTS_KEPT)),
+            known,
             closed: AtomicU64::new(0),
             wanted: Arc::default(),
             overlay,
         });
+        for (group, changes) in past {
+            for change in changes {
+                store.take_changes(group, change.revision, &change.changes);
+            }
+        }
         tokio::spawn(follow(Arc::downgrade(&store), batches));
         store
     }

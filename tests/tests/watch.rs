@@ -117,7 +117,7 @@ async fn watch(nodes: Arc<Nodes>, end: Arc<Mutex<Option<u64>>>) -> Told {
             }
         }
         if !list {
-            list = follow(&nodes, node, &mut last, &mut told.seen).await;
+            list = follow(&nodes, node, "", &mut last, &mut told.seen).await;
             told.moved += usize::from(!list);
         }
         node = (node + 1) % nodes.nodes.len();
@@ -125,9 +125,16 @@ async fn watch(nodes: Arc<Nodes>, end: Arc<Mutex<Option<u64>>>) -> Told {
 }
 
 /// Follows one node from `last` on for a while; `true`: it says that this is too long ago.
-async fn follow(nodes: &Nodes, node: usize, last: &mut u64, seen: &mut Vec<u64>) -> bool {
+async fn follow(
+    nodes: &Nodes,
+    node: usize,
+    selector: &str,
+    last: &mut u64,
+    seen: &mut Vec<u64>,
+) -> bool {
     let (api, token) = &nodes.nodes[node];
-    let url = format!("{api}{APPS}?watch=true&allowWatchBookmarks=true&resourceVersion={last}");
+    let url =
+        format!("{api}{APPS}?watch=true&allowWatchBookmarks=true&resourceVersion={last}{selector}");
     let until = Instant::now() + STAY;
     let opened = timeout_at(until, nodes.http.get(url).bearer_auth(token).send()).await;
     let Ok(Ok(mut answer)) = opened else {
@@ -292,6 +299,54 @@ async fn a_watch_that_moves_from_node_to_node_is_told_everything_once_in_order()
     for watch in watches {
         let told = timeout(SOON, watch).await.expect("a watch's end").unwrap();
         check(&told, &committed);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_goes_on_at_a_node_that_was_started_again() {
+    let net = Testnet::up(&["--sites", "1"]);
+    let site = &net.sites()[0];
+    for name in ["app-0", "app-1"] {
+        wait_for("the app is accepted", SOON, || {
+            site.apply(&app(name)).status.success().then_some(())
+        });
+    }
+    let nodes = Nodes {
+        http: reqwest::Client::new(),
+        nodes: vec![(site.api.clone(), site.token())],
+    };
+    let listed = nodes.ask(0, |api| nodes.http.get(format!("{api}{APPS}")));
+    let begun = revision(&listed.await.expect("a list"));
+    let mut written = BTreeMap::<&str, Vec<u64>>::new();
+    for (number, name) in ["app-0", "app-1", "app-0"]
+        .into_iter()
+        .cycle()
+        .take(12)
+        .enumerate()
+    {
+        let patch = json!({"metadata": {"annotations": {"value": number.to_string()}}});
+        let request = |api: &str| {
+            let request = nodes.http.patch(format!("{api}{APPS}/{name}"));
+            let kind = "application/merge-patch+json";
+            request.header("content-type", kind).body(patch.to_string())
+        };
+        let object = nodes.ask(0, request).await.expect("a write");
+        written.entry(name).or_default().push(revision(&object));
+    }
+    net.run(&["chaos", "kill", &site.name, "--node-only"]);
+    net.run(&["chaos", "restart", &site.name]);
+    let one = "&fieldSelector=metadata.name%3Dapp-0";
+    let of_all: Vec<u64> = written.values().flatten().copied().collect();
+    for (selector, written) in [("", &of_all), (one, &written["app-0"])] {
+        let (mut last, mut seen) = (begun, Vec::new());
+        let told = async {
+            while !written.iter().all(|at| seen.contains(at)) {
+                let gone = follow(&nodes, 0, selector, &mut last, &mut seen).await;
+                assert!(!gone, "410 for {last}");
+            }
+        };
+        timeout(SOON, told).await.expect("all that was written");
+        assert!(seen.is_sorted_by(|a, b| a < b), "{seen:?}");
     }
 }
 

@@ -65,6 +65,17 @@ impl Changes {
     }
 }
 
+/// The newest changes of a group: all of them above one revision and up to another one.
+#[derive(Debug, Clone, Default)]
+pub struct KeptChanges {
+    /// They begin above it,
+    pub floor: Revision,
+    /// and end with it.
+    pub newest: Revision,
+    /// In order.
+    pub changes: Vec<Changes>,
+}
+
 #[derive(Debug, Default)]
 struct Kept {
     /// Everything above is there,
@@ -143,6 +154,19 @@ impl History {
         }
         past.known = past.known.max(newest);
         Ok(())
+    }
+
+    /// All that is kept of a group.
+    pub(crate) fn kept(&self, group: GroupId) -> KeptChanges {
+        let groups = self.0.read();
+        let Some(kept) = groups.get(&group) else {
+            return KeptChanges::default();
+        };
+        KeptChanges {
+            floor: kept.floor,
+            newest: kept.newest,
+            changes: kept.changes.iter().cloned().collect(),
+        }
     }
 
     /// Up to so many commands' changes.

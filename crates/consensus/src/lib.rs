@@ -39,7 +39,7 @@ pub use crate::command::{
 };
 pub use crate::core::{Batch, GroupStatus};
 pub use crate::disk::{DiskError, create};
-pub use crate::follow::{Changes, Compacted, Following};
+pub use crate::follow::{Changes, Compacted, Following, KeptChanges};
 pub use crate::host::{Config, Host, Listed, Part, Staleness, Transport};
 pub use crate::inspect::{Counters, GroupDetail, PeerProgress, TransferError};
 pub use crate::machine::{Change, Entry, GROUP_BYTES_MAX};

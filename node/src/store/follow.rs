@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::future::OptionFuture;
-use krake_consensus::{Batch, Entry, ReadError};
+use krake_consensus::{Batch, Change, Entry, ReadError};
 use krake_kube_api::store::set_revision;
 use krake_kube_api::{Event, EventKind, LazyObject};
 use krake_model::{GroupId, Revision};
@@ -54,30 +54,38 @@ impl CatalogStore {
         for batch in round {
             if batch.reset {
                 self.lose(&[batch.group]);
-                continue;
-            }
-            let events = self.events_of(batch);
-            if events.is_empty() {
-                continue;
-            }
-            if let Some(log) = self.group_events.get(&batch.group) {
-                log.append(events.iter().cloned());
-            }
-            if batch.group != GroupId::META {
-                self.merge.lock().take(batch.revision.number(), events);
+            } else if self.known.get(&batch.group) < Some(&batch.revision) {
+                self.take_changes(batch.group, batch.revision, &batch.changes);
             }
         }
     }
 
-    fn events_of(self: &Arc<Self>, batch: &Batch) -> Vec<Event> {
+    pub(super) fn take_changes(
+        self: &Arc<Self>,
+        group: GroupId,
+        revision: Revision,
+        changes: &[Change],
+    ) {
+        let events = self.events_of(revision.number(), changes);
+        if events.is_empty() {
+            return;
+        }
+        if let Some(log) = self.group_events.get(&group) {
+            log.append(events.iter().cloned());
+        }
+        if group != GroupId::META {
+            self.merge.lock().take(revision.number(), events);
+        }
+    }
+
+    fn events_of(self: &Arc<Self>, revision: u64, changes: &[Change]) -> Vec<Event> {
         let mut events = Vec::new();
-        for change in &*batch.changes {
+        for change in changes {
             let Some(plural) = WATCHED.iter().find(|kind| change.key.starts_with(**kind)) else {
                 continue;
             };
             let plural = plural.trim_end_matches('/');
             let plural = plural.to_owned();
-            let revision = batch.revision.number();
             let gone = change.entry.is_none();
             let later = |entry: Entry| {
                 let (overlay, key) = (Arc::clone(&self.overlay), change.key.clone());

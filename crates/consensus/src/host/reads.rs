@@ -15,7 +15,7 @@ use super::{Host, RETRY_PAUSE_MAX, Staleness};
 use crate::command::ReadError;
 use crate::core::Batch;
 use crate::engine::Input;
-use crate::follow::{Compacted, Following, Past};
+use crate::follow::{Compacted, Following, KeptChanges, Past};
 use crate::machine::{Entry, Machine};
 
 /// Which entries of a group are read.
@@ -218,6 +218,13 @@ impl Host {
     /// behind gets `Lagged` and must read anew.
     pub fn watch(&self, prefixes: &[&str]) -> broadcast::Receiver<Arc<[Batch]>> {
         self.shared.feeds.prefixes(prefixes)
+    }
+
+    /// The changes that this node keeps of a group. After a restart those are what the log has beyond
+    /// the group's snapshot. Whoever calls [`Self::watch`] first misses nothing in between; what is in
+    /// both is not above [`KeptChanges::newest`].
+    pub fn kept_changes(&self, group: GroupId) -> KeptChanges {
+        self.shared.history.kept(group)
     }
 
     /// Every change of a group above a revision, in order, each once; at whichever node that

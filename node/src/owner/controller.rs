@@ -257,7 +257,7 @@ impl Owner {
         let mut view = self.inner.federation.network.view();
         let mut seen: BTreeMap<NodeId, Seen> = BTreeMap::new();
         let (mut changed, mut room) = (false, BTreeSet::new());
-        let mut next = Instant::now();
+        let (mut next_all, mut next_waiting) = (Instant::now(), Instant::now());
         loop {
             {
                 let view = view.borrow_and_update();
@@ -277,21 +277,21 @@ impl Owner {
                 }
             }
             let now = Instant::now();
-            if now >= next && (changed || !room.is_empty()) {
-                if !room.is_empty() {
-                    let has = |at: &Target| room.contains(&(at.node, at.backend.clone()));
-                    self.ask_again(has);
-                    room.clear();
-                }
-                if std::mem::take(&mut changed) {
-                    self.look_at_all(true);
-                }
-                next = now + NEWS_INTERVAL.max(NEWS_INTERVAL_OF_APP * self.owned() as u32);
+            if now >= next_waiting && !room.is_empty() {
+                let has = |at: &Target| room.contains(&(at.node, at.backend.clone()));
+                self.ask_again(has);
+                room.clear();
+                next_waiting = now + NEWS_INTERVAL;
             }
-            let waits = changed || !room.is_empty();
+            if now >= next_all && changed {
+                self.look_at_all(true);
+                changed = false;
+                next_all = now + NEWS_INTERVAL.max(NEWS_INTERVAL_OF_APP * self.owned() as u32);
+            }
             tokio::select! {
                 news = view.changed() => if news.is_err() { return },
-                () = tokio::time::sleep_until(next), if waits => {}
+                () = tokio::time::sleep_until(next_all), if changed => {}
+                () = tokio::time::sleep_until(next_waiting), if !room.is_empty() => {}
             }
         }
     }

@@ -130,6 +130,8 @@ impl<'a> Effects<'a> {
             };
             if let Err(error) = result {
                 debug!(%app, error, "tried again later");
+                // It is to be decided anew.
+                memory.lock().next_look = Timestamp::default();
                 return soon();
             }
             before = Some(loaded);

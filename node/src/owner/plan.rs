@@ -115,6 +115,12 @@ impl Memory {
         self.reserved = None;
         // What else there is, is looked for at once.
         self.next_look = Timestamp::default();
+        if !refusal.failed {
+            // All that say no are asked before the first one is asked again, however long that takes.
+            for known in self.refusals.values_mut().filter(|known| !known.failed) {
+                known.until = refusal.until;
+            }
+        }
         self.refusals.insert(target, refusal);
     }
 

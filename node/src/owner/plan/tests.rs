@@ -84,6 +84,8 @@ struct Play {
     /// Reservations asked for, and whether sites say yes.
     asked: Vec<String>,
     refusing: BTreeSet<NodeId>,
+    /// How long a site takes to answer, in milliseconds.
+    answer_time: i64,
 }
 
 impl Play {
@@ -140,6 +142,7 @@ impl Play {
             finished: false,
             asked: Vec::new(),
             refusing: BTreeSet::new(),
+            answer_time: 0,
         }
     }
 
@@ -150,6 +153,7 @@ impl Play {
                 Step::Wait(until) => return until,
                 Step::Reserve(target, record) => {
                     self.asked.push(target.site.clone());
+                    self.world.now = self.world.now.plus_millis(self.answer_time);
                     if self.refusing.contains(&target.node) {
                         self.memory
                             .refuse(target, "full".to_owned(), self.world.now);
@@ -287,6 +291,19 @@ fn a_site_that_said_no_is_asked_again_when_something_speaks_for_it_or_after_a_wh
     play.settle();
     assert_eq!(play.copies(), "site1:active");
     assert!(!play.memory.ask_again(|_| true), "it waits for nothing");
+}
+
+#[test]
+fn sites_that_take_long_to_say_no_are_asked_once_each() {
+    let mut play = Play::new(&[30.0, 40.0, 50.0, 60.0]);
+    play.refusing.extend((1..=4).map(node));
+    // More than a refusal lasts, for all of them.
+    play.answer_time = 4_000;
+    play.settle();
+    assert_eq!(play.asked, ["site1", "site2", "site3", "site4"]);
+    play.pass(10_000);
+    play.settle();
+    assert_eq!(play.asked.len(), 8);
 }
 
 #[test]

@@ -225,6 +225,18 @@ async fn who_comes_back_on_one_link_is_met_over_tcp_again() {
     }
 }
 
+/// Two members of which only the first one dials, at another address than the second one's own.
+async fn dials_at(dialler: &Member, other: &Member, at: SocketAddr) {
+    let known = |member: &Member, addresses| Peer {
+        node: member.peer.node,
+        addresses,
+    };
+    let seen = vec![known(dialler, Vec::new()), other.peer.clone()];
+    other.network.set_members(seen).await;
+    let seen = vec![dialler.peer.clone(), known(other, vec![at.to_string()])];
+    dialler.network.set_members(seen).await;
+}
+
 /// Passes datagrams on to `to`, and what comes from there back to whoever sent last.
 async fn relay(to: SocketAddr) -> SocketAddr {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
@@ -249,14 +261,7 @@ async fn where_tcp_is_refused_quic_gets_through() {
     let members = started(2).await;
     let (a, b) = (&members[0], &members[1]);
     let at = relay(b.peer.addresses[0].parse().unwrap()).await;
-    let known = |member: &Member, addresses| Peer {
-        node: member.peer.node,
-        addresses,
-    };
-    let seen_by_b = vec![known(a, Vec::new()), b.peer.clone()];
-    b.network.set_members(seen_by_b).await;
-    let seen_by_a = vec![a.peer.clone(), known(b, vec![at.to_string()])];
-    a.network.set_members(seen_by_a).await;
+    dials_at(a, b, at).await;
     let start = Instant::now();
     // It is tried every twenty seconds.
     while let Err(error) = a.network.call(b.peer.node, b"there?", LIMIT).await {
@@ -316,14 +321,7 @@ async fn a_connection_that_died_with_frames_in_it_is_replaced() {
     let (a, b) = (&members[0], &members[1]);
     let (cut, is_cut) = watch::channel(());
     let at = relay_tcp(b.peer.addresses[0].parse().unwrap(), is_cut).await;
-    let known = |member: &Member, addresses| Peer {
-        node: member.peer.node,
-        addresses,
-    };
-    let seen_by_b = vec![known(a, Vec::new()), b.peer.clone()];
-    b.network.set_members(seen_by_b).await;
-    let seen_by_a = vec![a.peer.clone(), known(b, vec![at.to_string()])];
-    a.network.set_members(seen_by_a).await;
+    dials_at(a, b, at).await;
     let mut connected = a.network.connected();
     let there = connected.wait_for(|set| set.contains(&b.peer.node));
     tokio::time::timeout(LIMIT, there).await.unwrap().unwrap();

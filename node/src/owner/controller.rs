@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::OptionFuture;
 use krake_consensus::{Batch, Entry};
 use krake_model::decision::Target;
-use krake_model::report::SiteReport;
-use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Resources, Revision, Timestamp};
+use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Revision, Timestamp};
 use krake_placement::spec::{Defaults, validate};
 use parking_lot::Mutex;
 use priority_queue::PriorityQueue;
@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use tracing::{error, info};
 
 use super::effects::{Effects, Looked};
+use super::news::News;
 use super::plan::{Memory, StoredApp};
 use crate::catalog::{self, Catalog, epoch_of};
 use crate::federation::{Federation, now};
@@ -30,11 +31,6 @@ const AT_ONCE: usize = 64;
 const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// How often is looked whether a member fell silent or came back.
 const SILENCE_INTERVAL: Duration = Duration::from_millis(500);
-/// News of sites that come sooner than this after others are looked at together: a hundred sites have
-/// some all the time.
-const NEWS_INTERVAL: Duration = Duration::from_secs(1);
-/// The same for each app: a decision takes about a tenth of it.
-const NEWS_INTERVAL_OF_APP: Duration = Duration::from_millis(1);
 
 /// The owner of the apps in the shards this node leads. Cheap to clone.
 #[derive(Clone)]
@@ -251,47 +247,22 @@ impl Owner {
         self.inner.wake.notify_one();
     }
 
-    /// A site's report counts as changed when its health, its kinds or its metrics did; load and
-    /// latency change all the time and wait for the timer. More room concerns those that wait for it.
     async fn follow_view(self) {
         let mut view = self.inner.federation.network.view();
-        let mut seen: BTreeMap<NodeId, Seen> = BTreeMap::new();
-        let (mut changed, mut room) = (false, BTreeSet::new());
-        let (mut next_all, mut next_waiting) = (Instant::now(), Instant::now());
+        let mut news = News::new(Instant::now());
         loop {
-            {
-                let view = view.borrow_and_update();
-                let known = seen.len();
-                seen.retain(|node, _| view.contains_key(node));
-                changed |= seen.len() != known;
-                for (node, new) in view.iter() {
-                    let old = seen.get(node);
-                    if old.is_some_and(|old| old.freshness == new.report.freshness()) {
-                        continue;
-                    }
-                    let new = Seen::of(&new.report);
-                    changed |= old.is_none_or(|old| old.matters != new.matters);
-                    let more = old.map(|old| new.more_room_than(old));
-                    room.extend(more.into_iter().flatten().map(|name| (*node, name)));
-                    seen.insert(*node, new);
-                }
+            news.take(view.borrow_and_update().values().map(|seen| &seen.report));
+            let due = news.due(Instant::now(), self.owned());
+            if !due.room.is_empty() {
+                self.ask_again(|at| due.room.contains(&(at.node, at.backend.clone())));
             }
-            let now = Instant::now();
-            if now >= next_waiting && !room.is_empty() {
-                let has = |at: &Target| room.contains(&(at.node, at.backend.clone()));
-                self.ask_again(has);
-                room.clear();
-                next_waiting = now + NEWS_INTERVAL;
-            }
-            if now >= next_all && changed {
+            if due.all {
                 self.look_at_all(true);
-                changed = false;
-                next_all = now + NEWS_INTERVAL.max(NEWS_INTERVAL_OF_APP * self.owned() as u32);
             }
+            let next = OptionFuture::from(news.next().map(tokio::time::sleep_until));
             tokio::select! {
-                news = view.changed() => if news.is_err() { return },
-                () = tokio::time::sleep_until(next_all), if changed => {}
-                () = tokio::time::sleep_until(next_waiting), if !room.is_empty() => {}
+                changed = view.changed() => if changed.is_err() { return },
+                Some(()) = next => {}
             }
         }
     }
@@ -422,49 +393,6 @@ impl Owner {
         drop(state);
         self.inner.wake.notify_one();
     }
-}
-
-/// A report that was looked at.
-struct Seen {
-    freshness: (u64, u64),
-    matters: String,
-    /// In each backend.
-    free: BTreeMap<String, Resources>,
-}
-
-impl Seen {
-    fn of(report: &SiteReport) -> Self {
-        let backends = report.backends.iter();
-        Self {
-            freshness: report.freshness(),
-            matters: what_matters(report),
-            free: backends
-                .map(|(name, backend)| (name.clone(), backend.free))
-                .collect(),
-        }
-    }
-
-    /// The backends that have more room than they had before.
-    fn more_room_than(&self, before: &Self) -> Vec<String> {
-        let more = self.free.iter().filter(|(name, free)| {
-            let before = before.free.get(*name).unwrap_or(&Resources::ZERO);
-            !free.fits(before)
-        });
-        more.map(|(name, _)| name.clone()).collect()
-    }
-}
-
-/// What of a report decisions depend on, as text to compare.
-fn what_matters(report: &SiteReport) -> String {
-    let metrics = report.metrics.iter();
-    let metrics: Vec<_> = metrics
-        .filter(|(name, _)| !matches!(name.as_str(), "load" | "latency"))
-        .collect();
-    let backends = report.backends.iter();
-    let backends: Vec<_> = backends
-        .map(|(name, backend)| (name, backend.healthy))
-        .collect();
-    format!("{metrics:?}{backends:?}")
 }
 
 fn app_of_key(key: &str) -> Option<AppKey> {

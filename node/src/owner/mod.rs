@@ -3,5 +3,6 @@
 
 pub mod controller;
 mod effects;
+mod news;
 pub mod plan;
 pub mod status;

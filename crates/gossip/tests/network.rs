@@ -93,6 +93,15 @@ async fn started(count: u8) -> Vec<Member> {
     members
 }
 
+/// Asks until there is an answer.
+async fn answers(asker: &Member, asked: &Member, limit: Duration) {
+    let start = Instant::now();
+    while let Err(error) = asker.network.call(asked.peer.node, b"there?", LIMIT).await {
+        assert!(start.elapsed() < limit, "{error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 async fn admit(members: &[&Member]) {
     let peers: Vec<Peer> = members.iter().map(|member| member.peer.clone()).collect();
     for member in members {
@@ -105,11 +114,7 @@ async fn admit(members: &[&Member]) {
             if asker.peer.node == asked.peer.node {
                 continue;
             }
-            let start = Instant::now();
-            while let Err(error) = asker.network.call(asked.peer.node, b"there?", LIMIT).await {
-                assert!(start.elapsed() < LIMIT, "{error}");
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
+            answers(asker, asked, LIMIT).await;
         }
     }
 }
@@ -262,12 +267,8 @@ async fn where_tcp_is_refused_quic_gets_through() {
     let (a, b) = (&members[0], &members[1]);
     let at = relay(b.peer.addresses[0].parse().unwrap()).await;
     dials_at(a, b, at).await;
-    let start = Instant::now();
     // It is tried every twenty seconds.
-    while let Err(error) = a.network.call(b.peer.node, b"there?", LIMIT).await {
-        assert!(start.elapsed() < 2 * LIMIT, "{error}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    answers(a, b, 2 * LIMIT).await;
     let (all, quic) = connections(a);
     assert!(all >= 1 && quic == all, "{quic} of {all} over QUIC");
     for (from, to) in [(a, b), (b, a)] {
@@ -338,11 +339,7 @@ async fn a_connection_that_died_with_frames_in_it_is_replaced() {
     assert!(b.recorder.frames.lock().len() < FRAMES);
     let (before, _) = connections(a);
     until("it is dialled again", || connections(a).0 > before).await;
-    let start = Instant::now();
-    while let Err(error) = a.network.call(b.peer.node, b"there?", LIMIT).await {
-        assert!(start.elapsed() < LIMIT, "{error}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    answers(a, b, LIMIT).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -95,10 +95,11 @@ impl Book {
         }
     }
 
-    /// The entries of every app that goes or went by this name.
+    /// What is assigned here of the apps that go or went by this name.
     fn of(&self, app: &AppKey) -> impl Iterator<Item = &Assignment> {
         let uids = self.names.get(app).into_iter().flatten();
-        uids.filter_map(|uid| self.entries.get(uid))
+        let entries = uids.filter_map(|uid| self.entries.get(uid));
+        entries.filter(|assignment| !assignment.delete)
     }
 }
 
@@ -232,16 +233,13 @@ impl Ledger {
 
     /// What is assigned here of the apps that go or went by this name.
     pub fn of(&self, app: &AppKey) -> Vec<Assignment> {
-        let book = self.book.lock();
-        let assigned = book.of(app).filter(|assignment| !assignment.delete);
-        assigned.cloned().collect()
+        self.book.lock().of(app).cloned().collect()
     }
 
     /// Their identities.
     pub fn uids_of(&self, app: &AppKey) -> BTreeSet<AppUid> {
         let book = self.book.lock();
-        let assigned = book.of(app).filter(|assignment| !assignment.delete);
-        assigned.map(|assignment| assignment.uid).collect()
+        book.of(app).map(|assignment| assignment.uid).collect()
     }
 
     /// The names of all apps that are assigned here.

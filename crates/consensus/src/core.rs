@@ -52,6 +52,9 @@ pub(crate) struct Settings {
     pub(crate) seed: u64,
     pub(crate) compact_entries: u64,
     pub(crate) compact_bytes: usize,
+    /// Bytes of entries for each byte of the last snapshot before another one is made, unless there
+    /// are as many times `compact_entries` of them.
+    pub(crate) log_per_snapshot: usize,
     /// Entries kept before a snapshot, for replicas that are a little behind.
     pub(crate) kept_entries: u64,
     /// A snapshot with more data travels in pieces of so many bytes.

@@ -316,8 +316,19 @@ pub async fn groups() {
     );
 }
 
-/// The puts of this build, and in turn with them those of other builds.
-pub async fn puts(others: &[String]) {
+/// The puts of so many clients (numbers among the arguments; without one, three loads) of this
+/// build, and in turn with them those of other builds (directories).
+pub async fn puts(arguments: &[String]) {
+    let (mut loads, mut others) = (Vec::new(), Vec::new());
+    for argument in arguments {
+        match argument.parse() {
+            Ok(clients) => loads.push(clients),
+            Err(_) => others.push(argument),
+        }
+    }
+    if loads.is_empty() {
+        loads = vec![1, 64, 256];
+    }
     let krake = |net| Krake {
         net,
         http: reqwest::Client::new(),
@@ -328,7 +339,7 @@ pub async fn puts(others: &[String]) {
         let net = Testnet::up_from(Path::new(directory), &sites);
         builds.push((directory, krake(net)));
     }
-    for clients in [1, 64, 256] {
+    for clients in loads {
         let mut turns = vec![Vec::new(); builds.len()];
         for _ in 0..ROUNDS {
             for (turns, (_, build)) in turns.iter_mut().zip(&builds) {

@@ -3,8 +3,8 @@
 //! `cargo run --release -p krake-tests --bin krake-bench [-- SCENARIO…]`; scenarios are `latency`,
 //! `burst`, `transfer`, `leader`, `failover-fast`, `failover` and `idle`, and of the catalog alone
 //! `catalog` (against etcd), `groups`, `http`, `watchers`, `restart`, `pages` and `wan`; without one all run. Each prints lines of a table for `docs/benchmarks.md`.
-//! `krake-bench puts [DIRECTORY…]` shows what a change of the catalog brought: the puts of this build and, in turn with it, of others whose programs
-//! are in these directories.
+//! `krake-bench puts [CLIENTS…] [DIRECTORY…]` shows what a change of the catalog brought: the puts of so many clients of this build and, in turn with it,
+//! of others whose programs are in these directories.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,

@@ -212,6 +212,14 @@ async fn refusals(net: &Testnet) {
     let error = unknown.await.unwrap_err();
     let refused = matches!(&error, CatalogError::Refused(Refusal::UnknownGroup { .. }));
     assert!(refused, "{error}");
+
+    // What the node would end the connection for is not even sent.
+    let large = vec![7; REQUEST_BYTES_MAX];
+    let command = Command::new(vec![put("kv/a/b", large, Expect::Any)]);
+    let group = client.group_of("kv/a/b").unwrap();
+    let error = client.write(group, command).await.unwrap_err();
+    assert!(matches!(&error, CatalogError::Encode(_)), "{error}");
+    assert!(client.get(group, "kv/a/b", Freshness::Stale).await.is_ok());
 }
 
 /// Asks for the upgrade by hand and reads the welcome.

@@ -23,8 +23,8 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::protocol::{
-    self, Ask, Changed, Freshness, PATH, REPLY_BYTES_MAX, Refusal, Reply, Request, Response,
-    UNASKED, UPGRADE,
+    self, Ask, Changed, Freshness, PATH, REPLY_BYTES_MAX, Refusal, Reply, Response, UNASKED,
+    UPGRADE,
 };
 
 /// Events of a watch that wait for its reader at most; beyond it ends.
@@ -105,7 +105,8 @@ struct Waiting {
 }
 
 struct Shared {
-    requests: mpsc::Sender<Request>,
+    /// Encoded, without their length.
+    requests: mpsc::Sender<Vec<u8>>,
     waiting: Mutex<Waiting>,
     next: AtomicU64,
     slots: Semaphore,
@@ -325,7 +326,7 @@ impl CatalogClient {
     /// # Errors
     /// With a conflict nothing was written; after a timeout or a lost connection that is not known.
     pub async fn write(&self, group: GroupId, command: Command) -> Result<Committed, CatalogError> {
-        committed(self.ask(Ask::Write { group, command }).await?)
+        committed(self.ask(&Ask::Write { group, command }).await?)
     }
 
     /// Reads a key: what it holds, and up to which revision at least the node's replica was.
@@ -338,7 +339,7 @@ impl CatalogClient {
         key: &str,
         freshness: Freshness,
     ) -> Result<(Option<Entry>, Revision), CatalogError> {
-        value(self.ask(get(group, key, freshness)).await?)
+        value(self.ask(&get(group, key, freshness)).await?)
     }
 
     /// Reads a key as the node's replica has it, with how far behind it may be.
@@ -346,7 +347,7 @@ impl CatalogClient {
     /// # Errors
     /// As of [`CatalogClient::get`].
     pub async fn get_stale(&self, group: GroupId, key: &str) -> Result<StaleValue, CatalogError> {
-        match self.ask(get(group, key, Freshness::Stale)).await? {
+        match self.ask(&get(group, key, Freshness::Stale)).await? {
             Reply::Stale {
                 revision,
                 index,
@@ -392,7 +393,7 @@ impl CatalogClient {
     }
 
     async fn page(&self, ask: Ask) -> Result<Page, CatalogError> {
-        match self.ask(ask).await? {
+        match self.ask(&ask).await? {
             Reply::Page {
                 revision,
                 entries,
@@ -425,7 +426,7 @@ impl CatalogClient {
             prefix,
             after,
         };
-        let number = self.send(ask, Waiter::Watch(sender)).await?;
+        let number = self.send(&ask, Waiter::Watch(sender)).await?;
         // From here on the watch is ended when it is dropped, also while it begins.
         let mut watch = Watch {
             client: self.clone(),
@@ -445,7 +446,7 @@ impl CatalogClient {
         }
     }
 
-    pub(crate) async fn ask(&self, ask: Ask) -> Result<Reply, CatalogError> {
+    pub(crate) async fn ask(&self, ask: &Ask) -> Result<Reply, CatalogError> {
         // The semaphore is never closed.
         let _slot = self.shared.slots.acquire().await.map_err(closed)?;
         let (sender, answer) = oneshot::channel();
@@ -457,8 +458,10 @@ impl CatalogClient {
         }
     }
 
-    async fn send(&self, ask: Ask, waiter: Waiter) -> Result<u64, CatalogError> {
+    async fn send(&self, ask: &Ask, waiter: Waiter) -> Result<u64, CatalogError> {
         let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        // Where others use the connection, too, it is not given away for one request.
+        let request = protocol::encode_request(number, ask).map_err(CatalogError::Encode)?;
         {
             let mut waiting = self.shared.waiting.lock();
             if let Some(reason) = &waiting.ended {
@@ -466,18 +469,13 @@ impl CatalogClient {
             }
             waiting.waiters.insert(number, waiter);
         }
-        let sent = self.shared.requests.send(Request { number, ask }).await;
+        let sent = self.shared.requests.send(request).await;
         sent.map(|()| number).map_err(|_| self.ended())
     }
 
     fn ended(&self) -> CatalogError {
         let waiting = self.shared.waiting.lock();
-        closed(
-            waiting
-                .ended
-                .as_deref()
-                .unwrap_or("this side fell behind, or the request could not be sent"),
-        )
+        closed(waiting.ended.as_deref().unwrap_or("this side fell behind"))
     }
 }
 
@@ -507,7 +505,7 @@ impl Shared {
 }
 
 async fn write(
-    mut queue: mpsc::Receiver<Request>,
+    mut queue: mpsc::Receiver<Vec<u8>>,
     mut stream: impl AsyncWrite + Unpin,
     shared: Arc<Shared>,
 ) {
@@ -515,13 +513,7 @@ async fn write(
     while let Some(first) = queue.recv().await {
         let mut next = Some(first);
         while let Some(request) = next {
-            if let Err(error) = protocol::write_frame(&mut buffer, &request) {
-                let reason = error.to_string();
-                shared.answer(Response {
-                    number: request.number,
-                    reply: Reply::Refused(Refusal::Protocol { reason }),
-                });
-            }
+            protocol::append_frame(&mut buffer, &request);
             next = (buffer.len() < WRITE_BYTES)
                 .then(|| queue.try_recv().ok())
                 .flatten();
@@ -608,9 +600,8 @@ impl Drop for Watch {
         let running = known.waiters.contains_key(&self.number);
         drop(known);
         let number = self.client.shared.next.fetch_add(1, Ordering::Relaxed);
-        let request = Request { number, ask };
         // With a full queue the node tells on until this side forgets it below.
-        if running {
+        if running && let Ok(request) = protocol::encode_request(number, &ask) {
             let _ = self.client.shared.requests.try_send(request);
         }
         let mut waiting = self.client.shared.waiting.lock();

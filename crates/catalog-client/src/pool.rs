@@ -101,7 +101,7 @@ impl CatalogPool {
     ) -> Result<Committed, CatalogError> {
         let command = command.clone();
         let ask = Ask::Write { group, command };
-        client::committed(self.ask(group, ask, patience).await?)
+        client::committed(self.ask(group, &ask, patience).await?)
     }
 
     /// Reads a key; see [`CatalogClient::get`].
@@ -116,7 +116,7 @@ impl CatalogPool {
         patience: Duration,
     ) -> Result<(Option<Entry>, Revision), CatalogError> {
         let ask = client::get(group, key, freshness);
-        client::value(self.ask(group, ask, patience).await?)
+        client::value(self.ask(group, &ask, patience).await?)
     }
 
     /// Follows the keys of a group that begin with `prefix`, from a revision on or from now on, and
@@ -137,14 +137,14 @@ impl CatalogPool {
     async fn ask(
         &self,
         group: GroupId,
-        ask: Ask,
+        ask: &Ask,
         patience: Duration,
     ) -> Result<Reply, CatalogError> {
         let deadline = Instant::now() + patience;
         let mut pause = PAUSE;
         loop {
             let at = self.node_for(group);
-            let failed = match timeout_at(deadline, self.ask_at(at, group, ask.clone())).await {
+            let failed = match timeout_at(deadline, self.ask_at(at, group, ask)).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(error)) => error,
                 Err(_) => return Err(late()),
@@ -160,7 +160,7 @@ impl CatalogPool {
         }
     }
 
-    async fn ask_at(&self, at: usize, group: GroupId, ask: Ask) -> Result<Reply, CatalogError> {
+    async fn ask_at(&self, at: usize, group: GroupId, ask: &Ask) -> Result<Reply, CatalogError> {
         let reply = self.client(at).await?.ask(ask).await?;
         let leader = match &reply {
             Reply::Committed { leader, .. } | Reply::Value { leader, .. } => *leader,

@@ -296,11 +296,36 @@ pub fn check_write(group: GroupId, command: &Command, shards: u16) -> Result<(),
 /// # Errors
 /// When the value is too large.
 pub fn write_frame<T: Serialize>(buffer: &mut Vec<u8>, value: &T) -> Result<(), CodecError> {
-    let bytes = codec::encode(VERSION, value)?;
+    append_frame(buffer, &codec::encode(VERSION, value)?);
+    Ok(())
+}
+
+/// Puts what the codec made behind `buffer`, after its length.
+pub(crate) fn append_frame(buffer: &mut Vec<u8>, bytes: &[u8]) {
     // RECORD_BYTES_MAX bounds what the codec makes.
     buffer.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
-    buffer.extend_from_slice(&bytes);
-    Ok(())
+    buffer.extend_from_slice(bytes);
+}
+
+/// Encodes a [`Request`], without its length, from what is asked.
+///
+/// # Errors
+/// When the node would refuse it for its size, and with it the connection.
+pub(crate) fn encode_request(number: u64, ask: &Ask) -> Result<Vec<u8>, CodecError> {
+    #[derive(Serialize)]
+    struct Asked<'a> {
+        number: u64,
+        ask: &'a Ask,
+    }
+
+    let bytes = codec::encode(VERSION, &Asked { number, ask })?;
+    if bytes.len() > REQUEST_BYTES_MAX {
+        return Err(CodecError::TooLarge {
+            found: bytes.len(),
+            limit: REQUEST_BYTES_MAX,
+        });
+    }
+    Ok(bytes)
 }
 
 /// Decodes a frame without its length.
@@ -383,6 +408,10 @@ mod tests {
             frame(&unwatch),
             "15000000010200000000000000050000000900000000000000"
         );
+        for Request { number, ask } in [write, unwatch] {
+            let bytes = encode_request(number, &ask).unwrap();
+            assert_eq!(decode::<Request>(&bytes).unwrap(), Request { number, ask });
+        }
         let changes = Response {
             number: 3,
             reply: Reply::Changes {

@@ -179,6 +179,7 @@ impl Host {
             compact_entries: config.compact_entries,
             compact_bytes: 8 * 1024 * 1024,
             log_per_snapshot: config.log_per_snapshot,
+            short_of_memory: false,
             kept_entries: 200,
             piece_bytes: PIECE_BYTES,
             counters: Arc::default(),

@@ -410,6 +410,9 @@ mod tests {
             }
         }
         assert!(last.0 > 1000 && 16 * replaced < 2000 * 1200, "{replaced}");
+        replica.core.settings.short_of_memory = true;
+        assert_eq!(snapshots_while(&mut replica, 300, |_| "key".to_owned()), 3);
+        replica.core.settings.short_of_memory = false;
         // A map that is large for the entries: sixteen times a hundred of them are enough.
         snapshots_while(&mut replica, 2000, |number| number.to_string());
         let made = snapshots_while(&mut replica, 3200, |number| (number % 2000).to_string());

@@ -38,10 +38,12 @@ impl Group {
             settings.compact_entries * patience as u64,
             settings.compact_bytes * patience,
         );
-        let (factor, written) = (
-            settings.log_per_snapshot,
-            log.bytes_since() + since as usize * ENTRY_BYTES,
-        );
+        let factor = if settings.short_of_memory {
+            0
+        } else {
+            settings.log_per_snapshot
+        };
+        let written = log.bytes_since() + since as usize * ENTRY_BYTES;
         let many = entries * factor.max(1) as u64;
         (since >= entries && (written >= factor * log.snapshot_bytes() || since >= many))
             || (log.bytes() > bytes && since > ENTRIES_BETWEEN)

@@ -176,6 +176,7 @@ impl World<'_> {
             compact_entries,
             compact_bytes: 64 * 1024,
             log_per_snapshot: 0,
+            short_of_memory: false,
             kept_entries,
             piece_bytes,
             counters: Arc::clone(&self.counters),

@@ -29,8 +29,8 @@ use crate::protocol::{
 
 /// Events of a watch that wait for its reader at most; beyond it ends.
 const EVENTS_WAITING: usize = 4096;
-/// Requests that wait to be written at most.
-const WRITES_WAITING: usize = 256;
+/// Requests that wait to be written at most, encoded.
+const WRITES_WAITING: usize = 64;
 /// Frames are gathered up to this size into one write.
 const WRITE_BYTES: usize = 64 * 1024;
 /// What is read at once.
@@ -458,19 +458,22 @@ impl CatalogClient {
         }
     }
 
+    /// Nothing is waited for between noting who waits and giving the request away: whoever is
+    /// dropped here has asked nothing.
     async fn send(&self, ask: &Ask, waiter: Waiter) -> Result<u64, CatalogError> {
+        let place = self.shared.requests.reserve().await;
+        let place = place.map_err(|_| self.ended())?;
         let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
-        // Where others use the connection, too, it is not given away for one request.
+        // Others use the connection, too: the node would end it for one request that is too large.
         let request = protocol::encode_request(number, ask).map_err(CatalogError::Encode)?;
-        {
-            let mut waiting = self.shared.waiting.lock();
-            if let Some(reason) = &waiting.ended {
-                return Err(closed(reason));
-            }
-            waiting.waiters.insert(number, waiter);
+        let mut waiting = self.shared.waiting.lock();
+        if let Some(reason) = &waiting.ended {
+            return Err(closed(reason));
         }
-        let sent = self.shared.requests.send(request).await;
-        sent.map(|()| number).map_err(|_| self.ended())
+        waiting.waiters.insert(number, waiter);
+        drop(waiting);
+        place.send(request);
+        Ok(number)
     }
 
     fn ended(&self) -> CatalogError {

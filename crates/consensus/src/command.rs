@@ -1,9 +1,7 @@
 //! What is proposed to a group, and what comes of it.
 
 use bytes::Bytes;
-use krake_model::codec;
-use krake_model::ids::GroupId;
-use krake_model::revision::Revision;
+use krake_model::{ids::GroupId, revision::Revision};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of one key at most.
@@ -51,7 +49,6 @@ pub enum Operation {
         /// Where.
         key: String,
         /// What.
-        #[serde(with = "codec::bytes")]
         value: Bytes,
         /// Under which condition.
         expect: Expect,

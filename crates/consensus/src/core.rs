@@ -33,9 +33,6 @@ use crate::wire::{
 
 /// Ticks between two looks at the groups' memberships.
 const RECONCILE_TICKS: u64 = 5;
-/// While the entries of all groups of a node have fewer bytes than this, a log may wait for sixteen
-/// times the bytes of its last snapshot ([`Settings::log_per_snapshot`]).
-const LOGS_BYTES: usize = 128 * 1024 * 1024;
 /// Ticks between two looks at how leaders spread over the nodes.
 const BALANCE_TICKS: u64 = 20;
 /// Heartbeats that a node sends to replicas that only follow, in all groups, at most: so many a
@@ -55,11 +52,6 @@ pub(crate) struct Settings {
     pub(crate) seed: u64,
     pub(crate) compact_entries: u64,
     pub(crate) compact_bytes: usize,
-    /// Bytes of entries for each byte of the last snapshot before another one is made, unless there
-    /// are as many times `compact_entries` of them.
-    pub(crate) log_per_snapshot: usize,
-    /// The logs of all groups are too large together for that.
-    pub(crate) short_of_memory: bool,
     /// Entries kept before a snapshot, for replicas that are a little behind.
     pub(crate) kept_entries: u64,
     /// A snapshot with more data travels in pieces of so many bytes.
@@ -300,8 +292,6 @@ impl Core {
         self.each(None, |group, settings| group.tick(settings, ticks));
         if ticks.is_multiple_of(RECONCILE_TICKS) {
             self.tidy_snapshots();
-            let logs = self.groups.values().map(|group| group.raw.store().bytes());
-            self.settings.short_of_memory = logs.sum::<usize>() > LOGS_BYTES;
             for group in self.groups.values_mut() {
                 group.reconcile |= group.is_leader() && !group.settled;
             }

@@ -86,9 +86,6 @@ pub struct Config {
     pub heartbeat_ticks: usize,
     /// Entries after which the log is replaced by a snapshot.
     pub compact_entries: u64,
-    /// It has also so many bytes for each one of the last snapshot, or as many times
-    /// `compact_entries`.
-    pub log_per_snapshot: usize,
 }
 
 impl Config {
@@ -103,7 +100,6 @@ impl Config {
             election_ticks: 6,
             heartbeat_ticks: 3,
             compact_entries: 1000,
-            log_per_snapshot: 16,
         }
     }
 }
@@ -178,8 +174,6 @@ impl Host {
             seed: u64::from_le_bytes(seed) ^ config.boot,
             compact_entries: config.compact_entries,
             compact_bytes: 8 * 1024 * 1024,
-            log_per_snapshot: config.log_per_snapshot,
-            short_of_memory: false,
             kept_entries: 200,
             piece_bytes: PIECE_BYTES,
             counters: Arc::default(),

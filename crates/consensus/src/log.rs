@@ -83,12 +83,6 @@ impl GroupLog {
         self.snapshot.as_ref().map_or(0, |snapshot| snapshot.index)
     }
 
-    /// Bytes of the newest snapshot.
-    pub(crate) fn snapshot_bytes(&self) -> usize {
-        let snapshot = self.snapshot.as_ref();
-        snapshot.map_or(0, |snapshot| snapshot.data.len())
-    }
-
     /// Whether a replica with this id may start from the snapshot.
     pub(crate) fn snapshot_knows(&self, id: u64) -> bool {
         self.snapshot.as_ref().is_some_and(|snapshot| {

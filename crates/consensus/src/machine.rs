@@ -29,7 +29,6 @@ const ENTRY_OVERHEAD: usize = 64;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// The bytes.
-    #[serde(with = "codec::bytes")]
     pub value: Bytes,
     /// Stamp of the write that made it.
     pub created: Revision,
@@ -178,7 +177,6 @@ fn in_order<S: serde::Serializer>(
 /// Version 1 of [`Entry`], before there were backups.
 #[derive(Debug, Deserialize)]
 struct Entry1 {
-    #[serde(with = "codec::bytes")]
     value: Bytes,
     created: Revision,
     modified: Revision,

@@ -392,34 +392,6 @@ mod tests {
     }
 
     #[test]
-    fn snapshots_are_little_beside_what_is_written_or_seldom() {
-        let mut replica = alone();
-        let settings = &mut replica.core.settings;
-        (settings.log_per_snapshot, settings.compact_bytes) = (16, 1_000_000_000);
-        let bytes = |replica: &Replica| {
-            let log = replica.core.groups[&GroupId::META].raw.store();
-            (log.snapshot_index(), log.snapshot_bytes())
-        };
-        let (mut last, mut replaced) = ((0, 0), 0);
-        for _ in 0..2000 {
-            snapshots_while(&mut replica, 1, |_| "key".to_owned());
-            let now = bytes(&replica);
-            if now.0 != last.0 {
-                replaced += last.1;
-                last = now;
-            }
-        }
-        assert!(last.0 > 1000 && 16 * replaced < 2000 * 1200, "{replaced}");
-        replica.core.settings.short_of_memory = true;
-        assert_eq!(snapshots_while(&mut replica, 300, |_| "key".to_owned()), 3);
-        replica.core.settings.short_of_memory = false;
-        // A map that is large for the entries: sixteen times a hundred of them are enough.
-        snapshots_while(&mut replica, 2000, |number| number.to_string());
-        let made = snapshots_while(&mut replica, 3200, |number| (number % 2000).to_string());
-        assert_eq!(made, 2);
-    }
-
-    #[test]
     fn snapshots_of_a_large_group_are_no_more_than_what_is_written() {
         let mut replica = alone();
         let small = snapshots_while(&mut replica, 1000, |_| "key".to_owned());

@@ -84,8 +84,6 @@ pub(crate) fn start(replica: u64) -> Replica {
         seed: replica,
         compact_entries: COMPACT_ENTRIES,
         compact_bytes: COMPACT_BYTES,
-        log_per_snapshot: 0,
-        short_of_memory: false,
         kept_entries: 10,
         piece_bytes: 1024,
         counters: Arc::default(),

@@ -86,7 +86,6 @@ pub(crate) struct Piece {
     /// Where it begins.
     pub(crate) offset: u64,
     /// Nothing: the sender asks what has come so far.
-    #[serde(with = "codec::bytes")]
     pub(crate) data: Bytes,
 }
 
@@ -213,9 +212,7 @@ pub(crate) struct Entry {
     pub(crate) kind: EntryKind,
     pub(crate) term: u64,
     pub(crate) index: u64,
-    #[serde(with = "codec::bytes")]
     pub(crate) data: Bytes,
-    #[serde(with = "codec::bytes")]
     pub(crate) context: Bytes,
 }
 
@@ -278,7 +275,6 @@ pub(crate) struct Snapshot {
     pub(crate) index: u64,
     pub(crate) term: u64,
     pub(crate) configuration: Configuration,
-    #[serde(with = "codec::bytes")]
     pub(crate) data: Bytes,
 }
 
@@ -376,7 +372,6 @@ pub(crate) struct Message {
     pub(crate) request_snapshot: u64,
     pub(crate) reject: bool,
     pub(crate) reject_hint: u64,
-    #[serde(with = "codec::bytes")]
     pub(crate) context: Bytes,
     pub(crate) priority: i64,
 }

@@ -186,51 +186,6 @@ fn whole<T>(
     Ok(value)
 }
 
-/// For fields of [`bytes::Bytes`], `#[serde(with = "krake_model::codec::bytes")]`: the encoding is
-/// theirs, but they are decoded by one copy out of the record. Their own way makes a vector of
-/// zeros first, which for values of a KiB takes as long as the copy.
-pub mod bytes {
-    use std::fmt;
-
-    use bytes::Bytes;
-    use serde::de::{Error, Visitor};
-    use serde::{Deserializer, Serializer};
-
-    struct Copied;
-
-    impl Visitor<'_> for Copied {
-        type Value = Bytes;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("bytes")
-        }
-
-        fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Bytes, E> {
-            Ok(Bytes::copy_from_slice(bytes))
-        }
-
-        fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Bytes, E> {
-            Ok(bytes.into())
-        }
-    }
-
-    /// Writes length and bytes.
-    ///
-    /// # Errors
-    /// Those of the serializer.
-    pub fn serialize<S: Serializer>(bytes: &Bytes, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_bytes(bytes)
-    }
-
-    /// Reads what [`serialize`] wrote.
-    ///
-    /// # Errors
-    /// Those of the deserializer.
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
-        deserializer.deserialize_bytes(Copied)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

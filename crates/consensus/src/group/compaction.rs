@@ -22,9 +22,8 @@ const ENTRY_BYTES: usize = 64;
 
 impl Group {
     /// Whether the log, with `since` applied entries after the snapshot, is to be replaced by a new
-    /// one: when it has enough entries, and so many bytes that writing the snapshot is little beside
-    /// writing them. Where the map is larger than a log may be, only by one of its own size: what
-    /// is written for snapshots is then never more than for entries.
+    /// one. Where the map is larger than a log may be, only by one of its own size: what is written
+    /// for snapshots is then never more than for entries.
     fn is_long(&self, since: u64, settings: &Settings) -> bool {
         // A replica that a snapshot is on its way to needs the entries after it.
         let mut others = self.raw.raft.prs().iter();
@@ -38,15 +37,7 @@ impl Group {
             settings.compact_entries * patience as u64,
             settings.compact_bytes * patience,
         );
-        let factor = if settings.short_of_memory {
-            0
-        } else {
-            settings.log_per_snapshot
-        };
-        let written = log.bytes_since() + since as usize * ENTRY_BYTES;
-        let many = entries * factor.max(1) as u64;
-        (since >= entries && (written >= factor * log.snapshot_bytes() || since >= many))
-            || (log.bytes() > bytes && since > ENTRIES_BETWEEN)
+        since >= entries || (log.bytes() > bytes && since > ENTRIES_BETWEEN)
     }
 
     pub(super) fn compact(&mut self, settings: &Settings) {

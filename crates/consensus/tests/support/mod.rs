@@ -112,7 +112,6 @@ impl Cluster {
         let mut config = Config::new(owner, replica, path, *boot);
         config.tick = self.tick;
         config.compact_entries = self.compact_entries;
-        config.log_per_snapshot = 0;
         let link = Link {
             net: Arc::clone(&self.net),
             own: node(replica),

@@ -175,8 +175,6 @@ impl World<'_> {
             seed: replica * 7919 + boot,
             compact_entries,
             compact_bytes: 64 * 1024,
-            log_per_snapshot: 0,
-            short_of_memory: false,
             kept_entries,
             piece_bytes,
             counters: Arc::clone(&self.counters),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use krake_catalog_client::protocol::{
-    self, Ask, Freshness, PATH, Refusal, Reply, Request, Response, UNASKED,
+    self, Ask, Freshness, PATH, REQUEST_BYTES_MAX, Refusal, Reply, Request, Response, UNASKED,
 };
 use krake_catalog_client::{CatalogClient, CatalogError, Endpoint};
 use krake_consensus::{Command, Expect, Operation, ProposeError};

@@ -392,6 +392,18 @@ mod tests {
     }
 
     #[test]
+    fn entries_that_are_kept_before_a_snapshot_call_for_no_other_one() {
+        let mut replica = alone();
+        let settings = &mut replica.core.settings;
+        (settings.compact_entries, settings.kept_entries) = (1_000_000, 200);
+        let made = snapshots_while(&mut replica, 2000, |_| "key".to_owned());
+        let log = replica.core.groups[&GroupId::META].raw.store();
+        assert!(log.bytes() - log.bytes_since() > COMPACT_BYTES);
+        let written = 2000 * log.bytes() / log.entries().count();
+        assert_eq!(made as usize, written / COMPACT_BYTES);
+    }
+
+    #[test]
     fn snapshots_of_a_large_group_are_no_more_than_what_is_written() {
         let mut replica = alone();
         let small = snapshots_while(&mut replica, 1000, |_| "key".to_owned());

@@ -14,9 +14,6 @@ use crate::machine::{GROUP_BYTES_MAX, Machine};
 use crate::planted::{self, Bug};
 use crate::wire::{Message, Snapshot};
 
-/// Entries after a snapshot before another one is made for the log's bytes: the entries kept before
-/// a snapshot may be as large.
-const ENTRIES_BETWEEN: u64 = 64;
 /// Counted for each entry of a log beyond its data, when it is compared with the map.
 const ENTRY_BYTES: usize = 64;
 
@@ -37,7 +34,8 @@ impl Group {
             settings.compact_entries * patience as u64,
             settings.compact_bytes * patience,
         );
-        since >= entries || (log.bytes() > bytes && since > ENTRIES_BETWEEN)
+        // Those before the snapshot do not count: the ones that are kept may be as large.
+        since >= entries || log.bytes_since() > bytes
     }
 
     pub(super) fn compact(&mut self, settings: &Settings) {

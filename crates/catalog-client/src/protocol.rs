@@ -312,13 +312,8 @@ pub(crate) fn append_frame(buffer: &mut Vec<u8>, bytes: &[u8]) {
 /// # Errors
 /// When the node would refuse it for its size, and with it the connection.
 pub(crate) fn encode_request(number: u64, ask: &Ask) -> Result<Vec<u8>, CodecError> {
-    #[derive(Serialize)]
-    struct Asked<'a> {
-        number: u64,
-        ask: &'a Ask,
-    }
-
-    let bytes = codec::encode(VERSION, &Asked { number, ask })?;
+    // The codec writes a pair as it writes the struct.
+    let bytes = codec::encode(VERSION, &(number, ask))?;
     if bytes.len() > REQUEST_BYTES_MAX {
         return Err(CodecError::TooLarge {
             found: bytes.len(),

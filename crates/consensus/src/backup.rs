@@ -346,10 +346,7 @@ fn replayed(log: &GroupLog) -> Result<GroupState, CodecError> {
     let snapshot = log.snapshot.as_ref();
     let mut machine = Machine::decode(&snapshot.map_or_else(Bytes::new, |s| s.data.clone()))?;
     machine.applied = log.snapshot_index();
-    let committed = log
-        .entries()
-        .filter(|entry| entry.index > log.snapshot_index() && entry.index <= log.hard_state.commit);
-    for entry in committed {
+    for entry in log.run(log.snapshot_index() + 1..=log.hard_state.commit) {
         let normal = entry.get_entry_type() == raft::eraftpb::EntryType::EntryNormal;
         match LogEntry::decode(&entry.data) {
             Ok(decoded) if normal => {

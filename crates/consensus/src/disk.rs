@@ -10,7 +10,8 @@ mod storing;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use krake_model::codec::{self, CodecError, RECORD_BYTES_MAX};
@@ -27,7 +28,7 @@ use crate::log::{GroupLog, HardState};
 use crate::medium::{Directory, RealDirectory, UNFINISHED};
 use crate::planted::{self, Bug};
 use crate::wal::{self, Owner, Wal, WalError};
-use crate::wire::{Entry, Snapshot};
+use crate::wire::{ENTRY_BYTES, Entry, Snapshot};
 
 const RECORD_VERSION: u8 = 1;
 const SNAPSHOT_VERSION: u8 = 1;
@@ -35,6 +36,8 @@ const SNAPSHOT_VERSION: u8 = 1;
 const PIECE_BYTES: usize = 4 * 1024 * 1024;
 /// Segments that are kept before old entries are written again to let one go.
 const SEGMENTS_MIN: usize = 4;
+/// What a segment has is written again in at least so many portions.
+const REWRITE_PORTIONS: u64 = 16;
 const SNAPSHOT_PREFIX: &str = "snapshot-";
 /// See [`Disk::keep_clock`].
 const CLOCK: &str = "clock";
@@ -361,6 +364,12 @@ impl Disk {
         self.wal.segment_bytes = bytes;
     }
 
+    /// Number of the oldest segment, and the bytes of all.
+    #[cfg(test)]
+    pub(crate) fn segments(&self) -> (u64, u64) {
+        (self.wal.oldest().0, self.wal.bytes())
+    }
+
     fn problem(&self, error: WalError) -> DiskError {
         Problem {
             path: self.path.clone(),
@@ -450,20 +459,15 @@ impl Disk {
         Ok(())
     }
 
-    /// Groups with entries in a segment that are still wanted.
-    fn holders(&self, segment: u64) -> BTreeSet<GroupId> {
-        self.places
-            .iter()
-            .filter(|(_, places)| places.hold(segment))
-            .map(|(group, _)| *group)
-            .collect()
+    /// Whether a group has entries in a segment that are still wanted.
+    fn is_held(&self, segment: u64) -> bool {
+        self.places.values().any(|places| places.hold(segment))
     }
 
     fn drop_old(&mut self) -> Result<(), DiskError> {
         loop {
             let (oldest, count) = self.wal.oldest();
-            let held = !self.holders(oldest).is_empty();
-            if count < 2 || held && !planted::has(Bug::SegmentDroppedEarly) {
+            if count < 2 || self.is_held(oldest) && !planted::has(Bug::SegmentDroppedEarly) {
                 return Ok(());
             }
             self.wal
@@ -472,18 +476,31 @@ impl Disk {
         }
     }
 
-    /// Groups whose entries should be written again, because they alone hold the oldest segment
-    /// and most of what is on the disk is no longer wanted. `live`: bytes of all logs' entries.
-    pub(crate) fn to_rewrite(&self, live: impl FnOnce() -> usize) -> BTreeSet<GroupId> {
+    /// Entries that should be written again, as runs of indices: they alone hold the oldest
+    /// segment, and most of what is on the disk is no longer wanted. `live`: bytes of all logs'
+    /// entries.
+    pub(crate) fn to_rewrite(
+        &self,
+        live: impl FnOnce() -> usize,
+    ) -> Vec<(GroupId, RangeInclusive<u64>)> {
         let (oldest, count) = self.wal.oldest();
         // What a snapshot that is on its way will let go needs not be written again.
         if !self.storing.is_empty()
             || count <= SEGMENTS_MIN
             || self.wal.bytes() < SEGMENTS_MIN as u64 * self.wal.segment_bytes + 2 * live() as u64
         {
-            return BTreeSet::new();
+            return Vec::new();
         }
-        self.holders(oldest)
+        let groups = self.places.iter();
+        groups
+            .flat_map(|(group, places)| places.runs(oldest).map(|run| (*group, run)))
+            .collect()
+    }
+
+    /// Of what [`Self::to_rewrite`] names, so many bytes between two rounds: nobody hears of a
+    /// leader meanwhile.
+    pub(crate) const fn rewrite_bytes(&self) -> usize {
+        (self.wal.segment_bytes / REWRITE_PORTIONS) as usize
     }
 }
 
@@ -508,7 +525,7 @@ fn pieces(changes: Vec<Change>) -> Vec<Vec<Change>> {
                 .entries
                 .iter()
                 .take_while(|entry| {
-                    let size = entry.data.len() + entry.context.len() + 64;
+                    let size = entry.data.len() + entry.context.len() + ENTRY_BYTES;
                     let fits = size <= room;
                     room = room.saturating_sub(size);
                     fits

@@ -1,6 +1,7 @@
 //! The Raft log of one group in memory, as the library reads it; [`crate::disk`] has it on disk.
 
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use raft::eraftpb as pb;
@@ -66,8 +67,16 @@ impl GroupLog {
     }
 
     /// The entries kept, in order.
+    #[cfg(test)]
     pub(crate) fn entries(&self) -> impl Iterator<Item = &pb::Entry> {
         self.entries.iter()
+    }
+
+    /// Those of these entries that are kept, in order.
+    pub(crate) fn run(&self, indices: RangeInclusive<u64>) -> impl Iterator<Item = &pb::Entry> {
+        let skipped = indices.start().saturating_sub(self.first());
+        let rest = self.entries.iter().skip(skipped as usize);
+        rest.take_while(move |entry| entry.index <= *indices.end())
     }
 
     pub(crate) const fn bytes(&self) -> usize {

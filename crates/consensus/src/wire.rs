@@ -206,6 +206,9 @@ pub(crate) enum EntryKind {
     ConfChange,
 }
 
+/// What an entry takes beyond its data, roughly.
+pub(crate) const ENTRY_BYTES: usize = 64;
+
 /// A log entry.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Entry {

@@ -6,7 +6,7 @@ use krake_model::ids::{GroupId, NodeId};
 
 use super::Core;
 use crate::group::Group;
-use crate::wire::{FRAME_MESSAGES_MAX, Frame, Message, MessageKind};
+use crate::wire::{ENTRY_BYTES, FRAME_MESSAGES_MAX, Frame, Message, MessageKind};
 
 /// A frame is closed when it holds about this many bytes.
 const FRAME_BYTES: usize = 4 * 1024 * 1024;
@@ -54,7 +54,7 @@ impl Core {
                 + message
                     .entries
                     .iter()
-                    .map(|e| e.data.len() + 64)
+                    .map(|e| e.data.len() + ENTRY_BYTES)
                     .sum::<usize>();
             let slot = open.entry(to).or_default();
             let full = slot.0 + size > FRAME_BYTES || slot.1.len() >= FRAME_MESSAGES_MAX;

@@ -1,5 +1,7 @@
 //! Which segments a group holds.
 
+use std::ops::RangeInclusive;
+
 use super::Change;
 
 /// In which segments one group's entries are, newest copies only: ranges of indices in order.
@@ -62,5 +64,11 @@ impl Places {
 
     pub(super) fn hold(&self, segment: u64) -> bool {
         self.0.iter().any(|place| place.segment == segment)
+    }
+
+    /// The runs of indices that are in this segment.
+    pub(super) fn runs(&self, segment: u64) -> impl Iterator<Item = RangeInclusive<u64>> {
+        let places = self.0.iter().filter(move |place| place.segment == segment);
+        places.map(|place| place.first..=place.last)
     }
 }

@@ -12,30 +12,23 @@ use super::Group;
 use crate::core::{Batch, Settings};
 use crate::machine::{GROUP_BYTES_MAX, Machine};
 use crate::planted::{self, Bug};
-use crate::wire::{Message, Snapshot};
-
-/// Counted for each entry of a log beyond its data, when it is compared with the map.
-const ENTRY_BYTES: usize = 64;
+use crate::wire::{ENTRY_BYTES, Message, Snapshot};
 
 impl Group {
     /// Whether the log, with `since` applied entries after the snapshot, is to be replaced by a new
-    /// one. Where the map is larger than a log may be, only by one of its own size: what is written
-    /// for snapshots is then never more than for entries.
+    /// one: when these are many, or large, and no smaller than the map. What is written for
+    /// snapshots is then never more than what is written for entries. Those before the snapshot do
+    /// not count: the ones that are kept may be as large.
     fn is_long(&self, since: u64, settings: &Settings) -> bool {
         // A replica that a snapshot is on its way to needs the entries after it.
         let mut others = self.raw.raft.prs().iter();
         let awaited = others.any(|(_, progress)| progress.state == ProgressState::Snapshot);
         let patience = if awaited { 2 } else { 1 };
-        let (log, map) = (self.raw.store(), self.machine.read().bytes() as usize);
-        if map > settings.compact_bytes {
-            return log.bytes_since() + since as usize * ENTRY_BYTES > map * patience;
-        }
-        let (entries, bytes) = (
-            settings.compact_entries * patience as u64,
-            settings.compact_bytes * patience,
-        );
-        // Those before the snapshot do not count: the ones that are kept may be as large.
-        since >= entries || log.bytes_since() > bytes
+        let map = self.machine.read().bytes() as usize;
+        let log = self.raw.store().bytes_since() + since as usize * ENTRY_BYTES;
+        let many = since >= settings.compact_entries * patience as u64;
+        let large = log > settings.compact_bytes * patience;
+        (many || large) && log > map * patience
     }
 
     pub(super) fn compact(&mut self, settings: &Settings) {

@@ -2,6 +2,7 @@
 //! what it lets go and what is committed.
 
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 
 use raft::StateRole;
 use raft::eraftpb as pb;
@@ -14,7 +15,7 @@ use crate::inspect::Counters;
 use crate::log::HardState;
 use crate::machine::LogEntry;
 use crate::planted::{self, Bug};
-use crate::wire::{Entry, Message, Snapshot};
+use crate::wire::{ENTRY_BYTES, Entry, Message, Snapshot};
 
 impl Group {
     pub(crate) fn busy(&self) -> bool {
@@ -119,10 +120,17 @@ impl Group {
         }
     }
 
-    /// All entries once more, for a log whose old part is to go. Between rounds only.
-    pub(crate) fn written_again(&self) -> Write {
+    /// Entries of this run once more, for a log whose old part is to go: as long as there is
+    /// `room`, in bytes. Between rounds only.
+    pub(crate) fn written_again(&self, run: RangeInclusive<u64>, room: &mut usize) -> Write {
         let mut write = self.empty_write();
-        write.change.entries = self.raw.store().entries().map(Entry::from_raft).collect();
+        for entry in self.raw.store().run(run) {
+            write.change.entries.push(Entry::from_raft(entry));
+            *room = room.saturating_sub(entry.data.len() + ENTRY_BYTES);
+            if *room == 0 {
+                break;
+            }
+        }
         write
     }
 

@@ -211,10 +211,7 @@ impl Checks {
             }
             let compared = self.compared.entry((*id, own)).or_insert(0);
             let from = log.first().max(*compared + 1);
-            for entry in log.entries().skip((from - log.first()) as usize) {
-                if entry.index > committed {
-                    break;
-                }
+            for entry in log.run(from..=committed) {
                 if let Ok(decoded) = LogEntry::decode(&entry.data) {
                     self.stamped
                         .entry(*id)

@@ -1,34 +1,31 @@
-//! When to look at which app, and the memory of each.
+//! What calls for a look at an app, and who looks.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::OptionFuture;
 use krake_consensus::{Batch, Entry};
 use krake_model::decision::Target;
-use krake_model::{AppKey, ApplicationSpec, GroupId, NodeId, Revision, Timestamp};
+use krake_model::{AppKey, ApplicationSpec, GroupId, Revision};
 use krake_placement::spec::{Defaults, validate};
 use parking_lot::Mutex;
-use priority_queue::PriorityQueue;
 use serde_json::Value;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::time::Instant;
 use tracing::{error, info};
 
-use super::effects::{Effects, Looked};
-use super::news::News;
-use super::plan::{Memory, StoredApp};
+use super::effects::Effects;
+use super::news::{News, Silence};
+use super::plan::StoredApp;
+use super::queue::Queue;
 use crate::catalog::{self, Catalog, epoch_of};
 use crate::federation::{Federation, now};
 use crate::records::{self, AssignRecord, CopyReport, PlacementStatus, ReportedState, Tombstone};
 
 /// Apps decided upon at once.
 const AT_ONCE: usize = 64;
-/// The dispatcher looks again after this time, whatever happens.
-const IDLE_WAIT: Duration = Duration::from_secs(1);
 /// How often is looked whether a member fell silent or came back.
 const SILENCE_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -42,24 +39,9 @@ pub(super) struct Inner {
     pub(super) federation: Federation,
     pub(super) defaults: Defaults,
     pub(super) agent: crate::site::agent::Agent,
-    state: Mutex<State>,
+    queue: Mutex<Queue>,
     wake: Notify,
 }
-
-#[derive(Default)]
-struct State {
-    memories: BTreeMap<AppKey, Arc<Mutex<Memory>>>,
-    dirty: BTreeSet<AppKey>,
-    busy: BTreeSet<AppKey>,
-    /// When an app is looked at without a reason.
-    due: PriorityQueue<AppKey, Reverse<Instant>>,
-    led: BTreeSet<GroupId>,
-    /// The newest change of each app that has been looked at.
-    known: BTreeMap<AppKey, Revision>,
-}
-
-/// An app to look at, and what is remembered of it.
-type Due = (AppKey, Arc<Mutex<Memory>>);
 
 impl std::fmt::Debug for Owner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -79,7 +61,7 @@ impl Owner {
                 federation,
                 defaults,
                 agent,
-                state: Mutex::default(),
+                queue: Mutex::default(),
                 wake: Notify::new(),
             }),
         }
@@ -103,44 +85,26 @@ impl Owner {
 
     /// How many apps this node owns.
     pub fn owned(&self) -> usize {
-        self.inner.state.lock().memories.len()
+        self.inner.queue.lock().len()
     }
 
     /// What was written about the app up to this revision has been looked at.
     pub(super) fn has_seen(&self, app: &AppKey, revision: Revision) {
-        let mut state = self.inner.state.lock();
-        let known = state.known.entry(app.clone()).or_default();
-        *known = revision.max(*known);
+        self.inner.queue.lock().has_seen(app, revision);
+    }
+
+    /// Changes what is to be looked at, and has it looked at.
+    fn queue<T>(&self, change: impl FnOnce(&mut Queue) -> T) -> T {
+        let done = change(&mut self.inner.queue.lock());
+        self.inner.wake.notify_one();
+        done
     }
 
     fn look_at(&self, apps: impl IntoIterator<Item = AppKey>) {
         let mut apps = apps.into_iter().peekable();
-        if apps.peek().is_none() {
-            return;
+        if apps.peek().is_some() {
+            self.queue(|queue| apps.for_each(|app| queue.look_at(app)));
         }
-        let mut state = self.inner.state.lock();
-        for app in apps {
-            state.due.remove(&app);
-            state.dirty.insert(app);
-        }
-        drop(state);
-        self.inner.wake.notify_one();
-    }
-
-    /// Looks at all owned apps; with `decide` also where nothing calls for a decision.
-    fn look_at_all(&self, decide: bool) {
-        let mut state = self.inner.state.lock();
-        let State {
-            memories, dirty, ..
-        } = &mut *state;
-        for (app, memory) in memories {
-            if decide {
-                memory.lock().next_look = Timestamp::default();
-            }
-            dirty.insert(app.clone());
-        }
-        drop(state);
-        self.inner.wake.notify_one();
     }
 
     async fn follow_catalog(self) {
@@ -150,7 +114,7 @@ impl Owner {
             match batches.recv().await {
                 Ok(round) => round.iter().for_each(|batch| self.take(batch)),
                 Err(RecvError::Lagged(_)) => {
-                    let led = self.inner.state.lock().led.clone();
+                    let led = self.inner.queue.lock().led().clone();
                     for group in led {
                         self.look_at(self.apps_of(group));
                     }
@@ -163,7 +127,7 @@ impl Owner {
     fn take(&self, batch: &Batch) {
         if batch.group == GroupId::META {
             if batch.touches("sites/") {
-                self.look_at_all(true);
+                self.queue(|queue| queue.look_at_all(true));
             }
             return;
         }
@@ -172,14 +136,8 @@ impl Owner {
         }
         let mut changed = touched(batch);
         {
-            let state = self.inner.state.lock();
-            let led = state.led.contains(&batch.group);
-            // What the owner itself wrote it need not look at again.
-            let news = |app: &AppKey| {
-                let known = state.known.get(app);
-                known.is_none_or(|known| *known < batch.revision)
-            };
-            changed.retain(|app| led && news(app));
+            let queue = self.inner.queue.lock();
+            changed.retain(|app| queue.is_news(batch.group, app, batch.revision));
         }
         self.look_at(changed);
     }
@@ -206,22 +164,8 @@ impl Owner {
                 .filter(|group| group.leads && group.group != GroupId::META)
                 .map(|group| group.group)
                 .collect();
-            let new: Vec<GroupId> = {
-                let mut state = self.inner.state.lock();
-                let new = led.difference(&state.led).copied().collect();
-                let catalog = &self.inner.federation.catalog;
-                state
-                    .memories
-                    .retain(|app, _| led.contains(&catalog.group_of(app)));
-                state
-                    .due
-                    .retain(|app, _| led.contains(&catalog.group_of(app)));
-                state
-                    .known
-                    .retain(|app, _| led.contains(&catalog.group_of(app)));
-                state.led = led;
-                new
-            };
+            let catalog = &self.inner.federation.catalog;
+            let new = self.queue(|queue| queue.lead(led, |app| catalog.group_of(app)));
             for group in new {
                 info!(%group, "this node leads the group");
                 self.look_at(self.apps_of(group));
@@ -232,21 +176,6 @@ impl Owner {
         }
     }
 
-    /// Something speaks for asking these again: looks at the apps that no site could take.
-    fn ask_again(&self, is_meant: impl Fn(&Target) -> bool) {
-        let mut state = self.inner.state.lock();
-        let State {
-            memories, dirty, ..
-        } = &mut *state;
-        for (app, memory) in memories {
-            if memory.lock().ask_again(&is_meant) {
-                dirty.insert(app.clone());
-            }
-        }
-        drop(state);
-        self.inner.wake.notify_one();
-    }
-
     async fn follow_view(self) {
         let mut view = self.inner.federation.network.view();
         let mut news = News::new(Instant::now());
@@ -254,10 +183,11 @@ impl Owner {
             news.take(view.borrow_and_update().values().map(|seen| &seen.report));
             let due = news.due(Instant::now(), self.owned());
             if !due.room.is_empty() {
-                self.ask_again(|at| due.room.contains(&(at.node, at.backend.clone())));
+                let has_room = |at: &Target| due.room.contains(&(at.node, at.backend.clone()));
+                self.queue(|queue| queue.ask_again(has_room));
             }
             if due.all {
-                self.look_at_all(true);
+                self.queue(|queue| queue.look_at_all(true));
             }
             let next = OptionFuture::from(news.next().map(tokio::time::sleep_until));
             tokio::select! {
@@ -270,17 +200,16 @@ impl Owner {
     async fn follow_silence(self) {
         let mut interval = tokio::time::interval(SILENCE_INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut before = BTreeSet::new();
+        let mut silence = Silence::default();
         loop {
             interval.tick().await;
             let unheard = self.inner.federation.network.unheard();
-            let silent: BTreeSet<NodeId> = unheard.into_keys().collect();
-            if silent != before {
-                let is_back = |at: &Target| before.contains(&at.node) && !silent.contains(&at.node);
-                self.ask_again(is_back);
-                self.look_at_all(false);
+            if let Some(back) = silence.take(unheard.into_keys().collect()) {
+                self.queue(|queue| {
+                    queue.ask_again(|at| back.contains(&at.node));
+                    queue.look_at_all(false);
+                });
             }
-            before = silent;
         }
     }
 
@@ -294,9 +223,7 @@ impl Owner {
                 tokio::spawn(self.clone().clear_tombstone(report.clone()));
             }
             {
-                let mut state = self.inner.state.lock();
-                let memory = Arc::clone(state.memories.entry(app.clone()).or_default());
-                drop(state);
+                let memory = self.inner.queue.lock().memory(&app);
                 let key = (report.node, report.backend.clone());
                 let mut memory = memory.lock();
                 let newer = memory
@@ -328,13 +255,16 @@ impl Owner {
     async fn dispatch(self) {
         let slots = Arc::new(Semaphore::new(AT_ONCE));
         loop {
-            let (next, wait) = self.next();
-            let Some((app, memory)) = next else {
-                tokio::select! {
-                    () = self.inner.wake.notified() => {}
-                    () = tokio::time::sleep(wait) => {}
+            let next = self.inner.queue.lock().next(Instant::now());
+            let (app, memory) = match next {
+                Ok(look) => look,
+                Err(wait) => {
+                    tokio::select! {
+                        () = self.inner.wake.notified() => {}
+                        () = tokio::time::sleep(wait) => {}
+                    }
+                    continue;
                 }
-                continue;
             };
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
                 return;
@@ -342,56 +272,11 @@ impl Owner {
             let owner = self.clone();
             tokio::spawn(async move {
                 let looked = Effects::new(&owner).work_on(&app, &memory).await;
-                owner.done(app, looked);
+                let group = owner.inner.federation.catalog.group_of(&app);
+                owner.queue(|queue| queue.done(app, group, looked, now(), Instant::now()));
                 drop(slot);
             });
         }
-    }
-
-    /// The next app to look at, or how long nothing is due.
-    fn next(&self) -> (Option<Due>, Duration) {
-        let now = Instant::now();
-        let mut state = self.inner.state.lock();
-        while let Some((app, _)) = state.due.pop_if(|_, Reverse(at)| *at <= now) {
-            state.dirty.insert(app);
-        }
-        let next = state
-            .dirty
-            .iter()
-            .find(|app| !state.busy.contains(*app))
-            .cloned();
-        if let Some(app) = next {
-            state.dirty.remove(&app);
-            state.busy.insert(app.clone());
-            let memory = Arc::clone(state.memories.entry(app.clone()).or_default());
-            return (Some((app, memory)), Duration::ZERO);
-        }
-        let wait = state
-            .due
-            .peek()
-            .map_or(IDLE_WAIT, |(_, Reverse(at))| at.duration_since(now));
-        (None, wait.min(IDLE_WAIT))
-    }
-
-    fn done(&self, app: AppKey, looked: Looked) {
-        let mut state = self.inner.state.lock();
-        state.busy.remove(&app);
-        let group = self.inner.federation.catalog.group_of(&app);
-        let wait = match looked {
-            // Timers do not follow the clock on the wall.
-            Looked::Again(at) => Some(Duration::from_millis(at.millis_since(now()))),
-            // It was led meanwhile by somebody else, and nothing noticed.
-            Looked::NotOurs if state.led.contains(&group) => Some(IDLE_WAIT),
-            Looked::NotOurs | Looked::Gone => None,
-        };
-        if let Some(wait) = wait {
-            state.due.push(app, Reverse(Instant::now() + wait));
-        } else {
-            state.memories.remove(&app);
-            state.known.remove(&app);
-        }
-        drop(state);
-        self.inner.wake.notify_one();
     }
 }
 

@@ -12,6 +12,7 @@ use tracing::{debug, info};
 
 use super::controller::{Loaded, Owner, load};
 use super::plan::{Memory, Step, is_change, plan};
+use super::queue::Looked;
 use super::status::{EventDraft, Inputs, assign_event, phase_event, says_the_same, status};
 use crate::catalog::{Catalog, PATIENCE};
 use crate::federation::now;
@@ -36,17 +37,6 @@ pub(super) struct Effects<'a> {
 
 /// Something could not be done now.
 type Later = String;
-
-/// What came of a look at an app.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Looked {
-    /// It is looked at again at this time.
-    Again(Timestamp),
-    /// There is no such app, or it cannot be understood.
-    Gone,
-    /// This node does not own it now.
-    NotOurs,
-}
 
 /// After something failed.
 fn soon() -> Looked {

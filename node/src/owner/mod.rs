@@ -5,4 +5,5 @@ pub mod controller;
 mod effects;
 mod news;
 pub mod plan;
+mod queue;
 pub mod status;

@@ -118,6 +118,18 @@ fn more_room<'a>(old: &SiteReport, new: &'a SiteReport) -> impl Iterator<Item = 
     more.map(|(name, _)| name)
 }
 
+/// Which members are not heard of.
+#[derive(Debug, Default)]
+pub(super) struct Silence(BTreeSet<NodeId>);
+
+impl Silence {
+    /// Takes who is silent now. `None`: those that were; otherwise who is heard again.
+    pub(super) fn take(&mut self, silent: BTreeSet<NodeId>) -> Option<BTreeSet<NodeId>> {
+        let before = std::mem::replace(&mut self.0, silent);
+        (before != self.0).then(|| before.difference(&self.0).copied().collect())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use krake_model::Timestamp;
@@ -210,5 +222,16 @@ mod tests {
         assert_eq!(news.next(), Some(after(6001)));
         assert_eq!(news.due(after(6001), 5000), room(1));
         assert_eq!(news.due(after(10_000), 5000), all());
+    }
+
+    #[test]
+    fn silence_is_told_when_it_changes_with_those_that_are_back() {
+        let node = |byte| NodeId::from_bytes([byte; 32]);
+        let mut silence = Silence::default();
+        assert_eq!(silence.take([].into()), None);
+        assert_eq!(silence.take([node(1), node(2)].into()), Some([].into()));
+        assert_eq!(silence.take([node(1), node(2)].into()), None);
+        let back = silence.take([node(2), node(3)].into());
+        assert_eq!(back, Some([node(1)].into()));
     }
 }

@@ -1,24 +1,31 @@
-//! Creating, changing and deleting objects: metadata, validation, ownership, finalizers.
+//! Creating, changing and deleting objects.
+
+mod checks;
+mod delete;
+mod patch;
 
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+use self::checks::{
+    check_fields, check_type, check_types, drop_nulls, fill_defaults, malformed_patch,
+    name_in_place, patched_type, validate,
+};
+pub(crate) use self::delete::delete;
+pub use self::delete::{finalizers, marked};
+use self::patch::patched;
 use crate::error::{ApiError, Cause};
 use crate::kinds::Kind;
 use crate::managed::{self, Writer};
 use crate::metadata::{self as object_metadata, Empty};
-use crate::schema;
 use crate::service::query::Query;
-use crate::service::{FieldValidation, Hold, Service, Target};
+use crate::service::{Service, Target};
 use crate::store::{Freshness, revision_of};
-use crate::strategic;
 use crate::table;
 
 /// A change that meets a newer object is computed anew this often.
 const RETRIES: usize = 8;
-/// Operations of one JSON patch.
-const JSON_PATCH_MAX: usize = 10_000;
 
 /// How an object is to change.
 pub(crate) enum Change {
@@ -134,157 +141,6 @@ async fn prepare_new(
     Ok((object, warnings))
 }
 
-/// So many wrong places are told; an object full of nonsense is not answered with megabytes.
-const CAUSES_MAX: usize = 20;
-
-fn check_type(kind: &Kind, object: &Value) -> Result<(), ApiError> {
-    if !object.is_object() {
-        return Err(ApiError::bad_request("the body is not an object"));
-    }
-    for (field, wanted) in [
-        ("apiVersion", kind.api_version()),
-        ("kind", kind.kind.clone()),
-    ] {
-        let found = object.get(field).and_then(Value::as_str);
-        if found.is_none_or(str::is_empty) && kind.is_custom() {
-            return Err(ApiError::bad_request(format!(
-                "the body has no {field}: write `{field}: {wanted}`"
-            )));
-        }
-        if found.is_some_and(|found| found != wanted) && field == "kind" && kind.is_custom() {
-            let other = found.unwrap_or_default();
-            let name = text(object, "/metadata/name").unwrap_or_default();
-            let cause = Cause::new("kind", format!("must be {wanted}"));
-            return Err(ApiError::invalid(&kind.group, other, name, vec![cause]));
-        }
-        if found.is_some_and(|found| found != wanted) {
-            return Err(ApiError::bad_request(format!(
-                "the body has {field} `{}`, the path is for `{wanted}`",
-                found.unwrap_or_default()
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Puts name and namespace of the path into the object, which must not say otherwise.
-fn name_in_place(target: &Target, object: &mut Value) -> Result<(), ApiError> {
-    let kind = &target.kind;
-    object["apiVersion"] = kind.api_version().into();
-    object["kind"] = kind.kind.clone().into();
-    let map = metadata(object);
-    if let Some(namespace) = &target.namespace {
-        let given = map.get("namespace").and_then(Value::as_str);
-        if given.is_some_and(|given| given != namespace) {
-            return Err(ApiError::bad_request(format!(
-                "the namespace of the provided object does not match the namespace sent on the request ({} and {namespace})",
-                given.unwrap_or_default()
-            )));
-        }
-        map.insert("namespace".to_owned(), namespace.clone().into());
-    } else {
-        map.remove("namespace");
-    }
-    let given = map
-        .get("name")
-        .and_then(Value::as_str)
-        .map(ToOwned::to_owned);
-    match (&target.name, given) {
-        (Some(name), Some(given)) if *name != given => Err(ApiError::bad_request(format!(
-            "the name of the object ({given}) does not match the name on the URL ({name})"
-        ))),
-        (Some(name), None) if kind.is_custom() => Err(ApiError::bad_request(format!(
-            "the object has no name, the one on the URL is {name}"
-        ))),
-        (Some(name), _) => {
-            map.insert("name".to_owned(), name.clone().into());
-            Ok(())
-        }
-        // Whether it has a name at all is checked with all the rest.
-        (None, _) => Ok(()),
-    }
-}
-
-fn drop_nulls(kind: &Kind, object: &mut Value) {
-    if let Some(schema) = &kind.schema {
-        schema::drop_nulls(schema, object);
-    }
-}
-
-fn fill_defaults(kind: &Kind, object: &mut Value) {
-    if let Some(schema) = &kind.schema {
-        schema::fill_defaults(schema, object);
-    }
-}
-
-fn check_fields(
-    service: &Service,
-    query: &Query,
-    kind: &Kind,
-    object: &mut Value,
-    empty: Empty,
-) -> Result<Vec<Cause>, ApiError> {
-    let mode = match query.get("fieldValidation") {
-        None => service.field_validation,
-        Some("Ignore") => FieldValidation::Ignore,
-        Some("Warn") => FieldValidation::Warn,
-        // Anything else was refused before.
-        Some(_) => FieldValidation::Strict,
-    };
-    let mut unknown = object_metadata::clean(object, "", empty)?;
-    if let Some(wanted) = &kind.schema {
-        unknown.extend(schema::clean_embedded(wanted, object, "")?);
-        unknown.extend(schema::prune_unknown(wanted, object));
-    }
-    match mode {
-        FieldValidation::Ignore => Ok(Vec::new()),
-        FieldValidation::Warn => Ok(unknown),
-        FieldValidation::Strict if unknown.is_empty() => Ok(unknown),
-        FieldValidation::Strict => {
-            let more = unknown.len().saturating_sub(CAUSES_MAX);
-            let mut list: Vec<&str> = unknown
-                .iter()
-                .take(CAUSES_MAX)
-                .map(|c| c.message.as_str())
-                .collect();
-            let more = format!("and {more} more");
-            if unknown.len() > CAUSES_MAX {
-                list.push(&more);
-            }
-            let mut error = ApiError::bad_request(format!(
-                "{} in version \"{}\" cannot be handled as a {}: strict decoding error: {}",
-                kind.kind,
-                kind.version,
-                kind.kind,
-                list.join(", ")
-            ));
-            error.causes = unknown;
-            error.causes.truncate(CAUSES_MAX);
-            Err(error)
-        }
-    }
-}
-
-fn validate(kind: &Kind, object: &Value, changes: Vec<Cause>) -> Result<(), ApiError> {
-    let metadata = object.get("metadata").unwrap_or(&Value::Null);
-    let mut causes = object_metadata::check(kind, metadata, "metadata");
-    causes.extend(changes);
-    if let Some(wanted) = &kind.schema {
-        causes.extend(schema::check(wanted, object));
-    }
-    if causes.is_empty() {
-        return Ok(());
-    }
-    let more = causes.len().saturating_sub(CAUSES_MAX);
-    causes.truncate(CAUSES_MAX);
-    if more > 0 {
-        let message = format!("and {more} more places are wrong");
-        causes.push(Cause::new("", message));
-    }
-    let name = text(object, "/metadata/name").unwrap_or_default();
-    Err(ApiError::invalid(&kind.group, &kind.kind, name, causes))
-}
-
 /// Checks what was sent, before anything is looked up: with what it does not know.
 fn prepare(
     service: &Service,
@@ -315,25 +171,6 @@ fn prepare(
         }
         other => Ok((other, Vec::new())),
     }
-}
-
-/// What is applied must have the types of the schema: merged, a wrong one would be lost.
-fn check_types(kind: &Kind, object: &Value) -> Result<(), ApiError> {
-    let schema = kind.schema.as_ref();
-    let causes: Vec<Cause> = schema.map_or_else(Vec::new, |schema| {
-        let mut causes = schema::check(schema, object);
-        // These merge with anything.
-        causes.retain(|cause| {
-            let merges = [schema::NOT_NULL, schema::NOT_INT_OR_STRING];
-            cause.reason == schema::WRONG_TYPE && !merges.contains(&cause.message.as_str())
-        });
-        causes
-    });
-    if causes.is_empty() {
-        return Ok(());
-    }
-    let name = text(object, "/metadata/name").unwrap_or_default();
-    Err(ApiError::invalid(&kind.group, &kind.kind, name, causes))
 }
 
 pub(crate) async fn change(
@@ -501,62 +338,6 @@ fn restore_identity(mut object: Value, old: &Value) -> Value {
     object
 }
 
-fn patched(
-    schema: Option<&Value>,
-    change: &Change,
-    old: &Value,
-    writer: &Writer,
-    query: &Query,
-) -> Result<Value, ApiError> {
-    match change {
-        Change::Replace(object) => Ok(object.clone()),
-        Change::Merge(patch) => {
-            if !patch.is_object() {
-                return Err(ApiError::bad_request("a merge patch is an object"));
-            }
-            let mut object = old.clone();
-            json_patch::merge(&mut object, patch);
-            Ok(object)
-        }
-        Change::Strategic(patch) => {
-            let mut object = old.clone();
-            strategic::merge(schema, &mut object, patch)?;
-            Ok(object)
-        }
-        Change::Json(patch) => {
-            if patch.is_null() {
-                return Ok(old.clone());
-            }
-            if !patch.is_array() {
-                return Err(ApiError::bad_request(
-                    "a JSON patch is a list of operations",
-                ));
-            }
-            let patch: json_patch::Patch =
-                serde_json::from_value(patch.clone()).map_err(|error| {
-                    ApiError::new(422, "Invalid", format!("not a JSON patch: {error}"))
-                })?;
-            if patch.0.len() > JSON_PATCH_MAX {
-                return Err(ApiError::too_large(format!(
-                    "a JSON patch has at most {JSON_PATCH_MAX} operations"
-                )));
-            }
-            let mut object = old.clone();
-            json_patch::patch(&mut object, &patch).map_err(|error| {
-                ApiError::new(
-                    422,
-                    "Invalid",
-                    format!("the JSON patch cannot be applied: {error}"),
-                )
-            })?;
-            Ok(object)
-        }
-        Change::Apply(object) => {
-            managed::apply(schema, Some(old), object, writer, query.flag("force"))
-        }
-    }
-}
-
 async fn update(
     service: &Service,
     target: &Target,
@@ -665,30 +446,6 @@ async fn update(
     finish(service, target, query, old, object, change_warnings).await
 }
 
-/// What is wrong with an object that a patch has moved to another version.
-fn patched_type(kind: &Kind, object: &Value) -> Option<ApiError> {
-    let given = text(object, "/apiVersion").filter(|given| !given.is_empty())?;
-    if given == kind.api_version() {
-        return None;
-    }
-    let group = given.rsplit_once('/').map_or("", |(group, _)| group);
-    let cause = Cause::new("apiVersion", format!("must be {}", kind.api_version()));
-    let word = text(object, "/kind").filter(|word| !word.is_empty())?;
-    let name = text(object, "/metadata/name").unwrap_or_default();
-    Some(ApiError::invalid(group, word, name, vec![cause]))
-}
-
-/// What a patch makes of an object is checked like what is sent, and the patch is what is wrong.
-fn malformed_patch(error: ApiError) -> ApiError {
-    if error.code != 400 {
-        return error;
-    }
-    ApiError {
-        causes: vec![Cause::new("patch", error.message.clone())],
-        ..ApiError::new(422, "Invalid", error.message)
-    }
-}
-
 async fn finish(
     service: &Service,
     target: &Target,
@@ -763,134 +520,4 @@ fn content(kind: &Kind, object: &Value) -> Value {
         }
     }
     content
-}
-
-/// What holds an object that is being deleted; namespaces have theirs in the specification.
-pub fn finalizers(object: &Value) -> Vec<String> {
-    ["/metadata/finalizers", "/spec/finalizers"]
-        .into_iter()
-        .filter(|pointer| {
-            *pointer == "/metadata/finalizers"
-                || (text(object, "/kind"), text(object, "/apiVersion"))
-                    == (Some("Namespace"), Some("v1"))
-        })
-        .filter_map(|pointer| object.pointer(pointer).and_then(Value::as_array))
-        .flatten()
-        .filter_map(Value::as_str)
-        .map(ToOwned::to_owned)
-        .collect()
-}
-
-/// Deletes: at once, or when the finalizers are gone. Returns the object and whether it is gone.
-pub(crate) async fn delete(
-    service: &Service,
-    target: &Target,
-    options: &Value,
-) -> Result<(Arc<Value>, bool), ApiError> {
-    let name = target.name.as_deref().unwrap_or_default();
-    let kind = &target.kind;
-    let namespace = target.namespace.as_deref();
-    for _ in 0..RETRIES {
-        let old = service
-            .store
-            .get(kind, namespace, name, Freshness::Latest)
-            .await?;
-        let wanted = |field: &str| text(options, &format!("/preconditions/{field}"));
-        for field in ["uid", "resourceVersion"] {
-            let found = text(&old, &format!("/metadata/{field}"));
-            if wanted(field).is_some_and(|wanted| Some(wanted) != found) {
-                let message = format!(
-                    "Precondition failed: {field} is {}",
-                    found.unwrap_or_default()
-                );
-                return Err(ApiError::conflict(message).about(&kind.group, &kind.kind, name));
-            }
-        }
-        service.admission.admit_delete(kind, &old).await?;
-        let dry_run = options
-            .get("dryRun")
-            .and_then(Value::as_array)
-            .is_some_and(|l| !l.is_empty());
-        let mut hold = service.admission.hold(kind, &old, options)?;
-        let dying = text(&old, "/metadata/deletionTimestamp").is_some();
-        if dying {
-            // It is on its way; asking for more would start it anew.
-            hold.finalizers.clear();
-            let left = old.pointer("/metadata/deletionGracePeriodSeconds");
-            let left = left.and_then(Value::as_u64).unwrap_or(0);
-            hold.grace_seconds = hold.grace_seconds.min(left);
-        }
-        let stays =
-            !finalizers(&old).is_empty() || !hold.finalizers.is_empty() || hold.grace_seconds > 0;
-        if dry_run {
-            let object = if stays {
-                Arc::new(marked(&old, &hold, jiff::Timestamp::now()))
-            } else {
-                old
-            };
-            return Ok((object, !stays));
-        }
-        let result = if stays {
-            let object = marked(&old, &hold, jiff::Timestamp::now());
-            if object == *old {
-                return Ok((old, false));
-            }
-            service
-                .store
-                .update(kind, object, revision_of(&old))
-                .await
-                .map(|object| (object, false))
-        } else {
-            service
-                .store
-                .remove(kind, namespace, name, revision_of(&old))
-                .await
-                .map(|()| (old, true))
-        };
-        match result {
-            Err(error) if error.reason == "Conflict" => {}
-            other => return other,
-        }
-    }
-    Err(crate::store::modified(kind, name))
-}
-
-/// An object marked for deletion.
-pub fn marked(old: &Value, hold: &Hold, now: jiff::Timestamp) -> Value {
-    let mut object = old.clone();
-    let seconds = i64::try_from(hold.grace_seconds).unwrap_or(i64::MAX);
-    let until = now.saturating_add(jiff::SignedDuration::from_secs(seconds));
-    let map = metadata(&mut object);
-    let dying = map.contains_key("deletionTimestamp");
-    let grace = map
-        .get("deletionGracePeriodSeconds")
-        .and_then(Value::as_u64);
-    if !dying || grace.unwrap_or(0) > hold.grace_seconds {
-        let until = until.unwrap_or(now);
-        map.insert(
-            "deletionTimestamp".to_owned(),
-            table::whole_seconds(until).into(),
-        );
-        map.insert(
-            "deletionGracePeriodSeconds".to_owned(),
-            hold.grace_seconds.into(),
-        );
-    }
-    if !hold.finalizers.is_empty() {
-        let list = map
-            .entry("finalizers".to_owned())
-            .or_insert_with(|| json!([]));
-        if let Some(list) = list.as_array_mut() {
-            for name in &hold.finalizers {
-                if !list.iter().any(|own| own == name) {
-                    list.push(name.clone().into());
-                }
-            }
-        }
-    }
-    if !dying {
-        let generation = map.get("generation").and_then(Value::as_i64).unwrap_or(0);
-        map.insert("generation".to_owned(), (generation + 1).into());
-    }
-    object
 }

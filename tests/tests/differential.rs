@@ -197,26 +197,33 @@ const DELIBERATE: &[Deliberate] = &[
     Deliberate {
         what: "who writes an object has its fields, also where the real one cannot tell",
         reason: "it notes no owner at all when a part that is ignored has another type",
-        is: |_, real, own| {
+        is: |request, real, own| {
             let owners = |answer: &Answer| {
                 ["", "/rows/0/object"].iter().any(|object| {
                     let path = format!("{object}/metadata/managedFields");
                     answer.body.pointer(&path).is_some()
                 })
             };
-            real.code == own.code && !owners(real) && owners(own)
+            request.writes() && real.code == own.code && !owners(real) && owners(own)
         },
     },
     Deliberate {
         what: "a patch of the status with another kind or version is refused",
         reason: "it is meant for another object; the real one looks at the status alone",
-        is: |request, _, own| {
-            let causes = own.body.pointer("/details/causes");
-            let mut causes = causes.and_then(Value::as_array).into_iter().flatten();
+        is: |request, real, own| {
+            let Body::Json(patch) = &request.body else {
+                return false;
+            };
+            let named = ["kind", "apiVersion"].iter().any(|field| {
+                let causes = own.body.pointer("/details/causes");
+                let mut causes = causes.and_then(Value::as_array).into_iter().flatten();
+                patch[field].is_string() && causes.any(|cause| cause["field"] == **field)
+            });
             request.method == Method::PATCH
                 && request.path.ends_with("/status")
+                && matches!(real.code, 200 | 422)
                 && own.code == 422
-                && causes.any(|cause| cause["field"] == "kind" || cause["field"] == "apiVersion")
+                && named
         },
     },
 ];

@@ -36,7 +36,7 @@ const SNAPSHOT_VERSION: u8 = 1;
 const PIECE_BYTES: usize = 4 * 1024 * 1024;
 /// Segments that are kept before old entries are written again to let one go.
 const SEGMENTS_MIN: usize = 4;
-/// What a segment has is written again in at least so many portions.
+/// As many bytes as a segment has are written again in about so many portions.
 const REWRITE_PORTIONS: u64 = 16;
 const SNAPSHOT_PREFIX: &str = "snapshot-";
 /// See [`Disk::keep_clock`].
@@ -128,6 +128,8 @@ pub(crate) struct Disk {
     wal: Wal,
     states: BTreeMap<GroupId, State>,
     places: BTreeMap<GroupId, Places>,
+    /// Bytes written to the log, see [`Disk::rewrite_bytes`].
+    written: usize,
     clock: Revision,
 }
 
@@ -323,8 +325,18 @@ impl Disk {
                 reason: error.to_string(),
             }),
         })?;
+        let mut replaced = Vec::new();
         for (group, snapshot) in &snapshots {
-            groups.entry(*group).or_default().adopt(snapshot);
+            let replayed = groups.entry(*group).or_default();
+            if replayed.adopt(snapshot) {
+                replaced.push(Change {
+                    group: *group,
+                    truncate_from: Some(0),
+                    entries: Vec::new(),
+                    hard_state: replayed.hard_state,
+                    start: replayed.start,
+                });
+            }
         }
         let mut states = BTreeMap::new();
         let mut logs = Vec::new();
@@ -346,15 +358,19 @@ impl Disk {
             let log = GroupLog::new(hard_state, snapshot, start, entries.into_values());
             logs.push((group, log));
         }
-        let disk = Self {
+        let mut disk = Self {
             directory,
             path: path.to_owned(),
             wal,
             states,
             places,
+            written: 0,
             clock,
             storing: BTreeMap::new(),
         };
+        if !replaced.is_empty() {
+            disk.append(&replaced)?;
+        }
         Ok((disk, logs))
     }
 
@@ -413,6 +429,7 @@ impl Disk {
                 .map_err(|error| self.problem(error))?;
         }
         let bytes = encode(changes)?;
+        self.written += bytes.len();
         self.wal
             .append(&bytes)
             .map_err(|error| self.problem(error))?;
@@ -477,8 +494,7 @@ impl Disk {
     }
 
     /// Entries that should be written again, as runs of indices: they alone hold the oldest
-    /// segment, and most of what is on the disk is no longer wanted. `live`: bytes of all logs'
-    /// entries.
+    /// segment, and most of what is on the disk is no longer wanted. `live`: bytes of all that is.
     pub(crate) fn to_rewrite(
         &self,
         live: impl FnOnce() -> usize,
@@ -497,10 +513,22 @@ impl Disk {
             .collect()
     }
 
-    /// Of what [`Self::to_rewrite`] names, so many bytes between two rounds: nobody hears of a
-    /// leader meanwhile.
-    pub(crate) const fn rewrite_bytes(&self) -> usize {
+    /// How much of what [`Self::to_rewrite`] names is written again before anything else is: one
+    /// portion, or twice what was written since [`Self::rewritten`]. So the log does not grow however
+    /// much is written, and nobody waits much longer than for those writes.
+    pub(crate) fn rewrite_bytes(&self) -> usize {
+        self.portion_bytes().max(2 * self.written)
+    }
+
+    /// Bytes of one write of entries again. With its last entry it fits into a record, so that the
+    /// log never says that less is committed than before.
+    pub(crate) const fn portion_bytes(&self) -> usize {
         (self.wal.segment_bytes / REWRITE_PORTIONS) as usize
+    }
+
+    /// Enough was written again for what was written before.
+    pub(crate) const fn rewritten(&mut self) {
+        self.written = 0;
     }
 }
 

@@ -84,7 +84,7 @@ pub struct Config {
     pub election_ticks: usize,
     /// Ticks between heartbeats.
     pub heartbeat_ticks: usize,
-    /// Entries after which the log is replaced by a snapshot.
+    /// Entries after which the log is replaced by a snapshot, at least.
     pub compact_entries: u64,
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use raft::eraftpb as pb;
 use raft::{GetEntriesContext, RaftState, StorageError};
 
-use crate::wire::{Configuration, Entry, Snapshot};
+use crate::wire::{Configuration, ENTRY_BYTES, Entry, Snapshot};
 
 /// Term, vote and commit index: what must survive a restart.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -48,8 +48,13 @@ impl GroupLog {
             covered_bytes: 0,
             snapshot_asked: AtomicBool::new(false),
         };
+        let covered = log.snapshot_index();
         for entry in entries {
+            let index = entry.index;
             log.push(entry.into_raft());
+            if index <= covered {
+                log.covered_bytes = log.bytes;
+            }
         }
         log
     }
@@ -81,6 +86,11 @@ impl GroupLog {
 
     pub(crate) const fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// What the entries take on the disk, roughly.
+    pub(crate) fn size(&self) -> usize {
+        self.bytes + self.entries.len() * ENTRY_BYTES
     }
 
     /// Bytes of the entries after the newest snapshot made here.
@@ -270,6 +280,15 @@ mod tests {
         assert_eq!((log.first(), log.bytes(), log.bytes_since()), (11, 1000, 0));
         log.append(entries(21..=30).into_iter().map(Entry::into_raft).collect());
         assert_eq!(log.bytes_since(), 1000);
+        // Of what is read back, the same is new.
+        let read = |log: &GroupLog| log.entries().map(Entry::from_raft).collect::<Vec<_>>();
+        let again = GroupLog::new(
+            log.hard_state,
+            log.snapshot.clone(),
+            log.start(),
+            read(&log),
+        );
+        assert_eq!((again.bytes(), again.bytes_since()), (2000, 1000));
         log.compact(snapshot(30), 10, 500);
         assert_eq!((log.first(), log.last(), log.bytes()), (26, 30, 500));
         log.compact(snapshot(30), 10, 0);

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::command::Command;
 use crate::core::{Batch, Core, GroupStatus, Origin, Settings};
-use crate::disk::{Disk, DiskError};
+use crate::disk::{Disk, DiskError, Write};
 use crate::group::{Group, Outcome};
 use crate::inspect::{Counters, GroupDetail, TransferError};
 use crate::log::GroupLog;
@@ -194,29 +194,39 @@ impl Replica {
         self.disk.keep_clock(Revision::next(clock, ahead, 0))
     }
 
-    /// Brings the log nearer to where its oldest segment can go, by one portion.
+    /// Brings the log nearer to where its oldest segment can go.
     fn write_again(&mut self, effects: &mut impl Effects) -> Result<(), DiskError> {
+        let mut left = self.disk.rewrite_bytes();
+        while left > 0 {
+            let (bytes, writes) = self.portion();
+            if bytes == 0 {
+                break;
+            }
+            self.flush(effects);
+            self.disk.write(writes)?;
+            left = left.saturating_sub(bytes);
+        }
+        self.disk.rewritten();
+        Ok(())
+    }
+
+    /// A part of what holds the oldest segment of the log, and its bytes.
+    fn portion(&self) -> (usize, Vec<Write>) {
         let groups = &self.core.groups;
         let live = || {
-            groups
-                .values()
-                .map(|group| group.raw.store().bytes())
-                .sum::<usize>()
+            let sizes = groups.values().map(|group| group.raw.store().size());
+            sizes.sum()
         };
-        let mut room = self.disk.rewrite_bytes();
-        let mut writes = Vec::new();
+        let portion = self.disk.portion_bytes();
+        let (mut bytes, mut writes) = (0, Vec::new());
         for (id, run) in self.disk.to_rewrite(live) {
-            if room == 0 {
+            if bytes >= portion {
                 break;
             }
             let group = groups.get(&id);
-            writes.extend(group.map(|group| group.written_again(run, &mut room)));
+            writes.extend(group.map(|group| group.written_again(run, portion, &mut bytes)));
         }
-        if writes.is_empty() {
-            return Ok(());
-        }
-        self.flush(effects);
-        self.disk.write(writes)
+        (bytes, writes)
     }
 
     fn send(&mut self, frames: Vec<(NodeId, Frame)>, effects: &mut impl Effects) {
@@ -239,7 +249,9 @@ mod tests {
 
     use super::*;
     use crate::command::{Expect, Operation};
-    use crate::testing::{COMPACT_BYTES, Did, GROUP, Net, members, node, start};
+    use crate::testing::{
+        COMPACT_BYTES, COMPACT_ENTRIES, Did, GROUP, Net, create, members, node, start, start_anew,
+    };
     use crate::wire::{ENTRY_BYTES, MessageKind};
 
     struct Alone;
@@ -261,10 +273,20 @@ mod tests {
 
     /// Proposes it for the node of replica `asker`.
     fn put(replica: &mut Replica, group: GroupId, key: String, asker: u64) -> Receiver<Outcome> {
+        put_bytes(replica, group, key, asker, 1000)
+    }
+
+    fn put_bytes(
+        replica: &mut Replica,
+        group: GroupId,
+        key: String,
+        asker: u64,
+        bytes: usize,
+    ) -> Receiver<Outcome> {
         let (reply, answer) = oneshot::channel();
         let put = Operation::Put {
             key,
-            value: Bytes::from(vec![7; 1000]),
+            value: Bytes::from(vec![7; bytes]),
             expect: Expect::Any,
         };
         let origin = Origin {
@@ -387,7 +409,8 @@ mod tests {
     #[test]
     fn what_holds_an_old_segment_is_written_again_by_and_by() {
         const SEGMENT: u64 = 64 * 1024;
-        let mut replica = start(1);
+        let directory = create(1);
+        let mut replica = start_anew(1, &directory);
         replica.disk.limit_segments(SEGMENT);
         let silent = GroupId::from_number(1);
         replica.bootstrap(vec![GroupId::META, silent]).unwrap();
@@ -415,17 +438,40 @@ mod tests {
             most > 2 * alone && most <= 2 * alone + SEGMENT / 16 + 1000,
             "{most}"
         );
-        let log = replica.core.groups[&silent].raw.store();
-        assert!(log.entries().count() >= 40);
+        let logs = |replica: &Replica| {
+            let entries = |group: &Group| {
+                let entries = group.raw.store().entries();
+                entries
+                    .map(|entry| (entry.index, entry.data.clone()))
+                    .collect::<Vec<_>>()
+            };
+            replica
+                .core
+                .groups
+                .values()
+                .map(entries)
+                .collect::<Vec<_>>()
+        };
+        let before = logs(&replica);
+        drop(replica);
+        assert!(
+            logs(&start_anew(1, &directory)) == before,
+            "it is read back otherwise"
+        );
     }
 
-    /// Writes so often, and returns how many snapshots were made.
-    fn snapshots_while(replica: &mut Replica, writes: u64, key: impl Fn(u64) -> String) -> u64 {
+    /// Writes values of so many bytes so often, and returns how many snapshots were made.
+    fn snapshots_while(
+        replica: &mut Replica,
+        bytes: usize,
+        writes: u64,
+        key: impl Fn(u64) -> String,
+    ) -> u64 {
         let snapshot = |replica: &Replica| replica.details()[0].snapshot;
         let mut made = 0;
         for number in 0..writes {
             let before = snapshot(replica);
-            let mut answer = put(replica, GROUP, key(number), 1);
+            let mut answer = put_bytes(replica, GROUP, key(number), 1, bytes);
             replica.rounds(&mut Alone).unwrap();
             assert!(matches!(answer.try_recv(), Ok(Outcome::Done(Ok(_)))));
             made += u64::from(snapshot(replica) != before);
@@ -438,7 +484,7 @@ mod tests {
         let mut replica = alone();
         let settings = &mut replica.core.settings;
         (settings.compact_entries, settings.kept_entries) = (1_000_000, 200);
-        let made = snapshots_while(&mut replica, 2000, |_| "key".to_owned());
+        let made = snapshots_while(&mut replica, 1000, 2000, |_| "key".to_owned());
         let log = replica.core.groups[&GroupId::META].raw.store();
         assert!(log.bytes() - log.bytes_since() > COMPACT_BYTES);
         let written = 2000 * (log.bytes() / log.entries().count() + ENTRY_BYTES);
@@ -446,14 +492,28 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_waits_until_the_log_is_as_large() {
+        let mut replica = alone();
+        snapshots_while(&mut replica, 1000, COMPACT_ENTRIES - 10, |number| {
+            number.to_string()
+        });
+        let map = replica.core.groups[&GroupId::META].machine.read().bytes() as usize;
+        assert!(map > COMPACT_BYTES * 8 / 10 && map < COMPACT_BYTES);
+        let made = snapshots_while(&mut replica, 1, 20 * COMPACT_ENTRIES, |_| "key".to_owned());
+        assert!((1..=5).contains(&made), "{made} snapshots of {map} bytes");
+    }
+
+    #[test]
     fn snapshots_of_a_large_group_are_no_more_than_what_is_written() {
         let mut replica = alone();
-        let small = snapshots_while(&mut replica, 1000, |_| "key".to_owned());
+        let small = snapshots_while(&mut replica, 1000, 1000, |_| "key".to_owned());
         assert!((10..=12).contains(&small), "{small} snapshots");
-        snapshots_while(&mut replica, 1000, |number| number.to_string());
+        snapshots_while(&mut replica, 1000, 1000, |number| number.to_string());
         let map = replica.core.groups[&GroupId::META].machine.read().bytes();
         assert!(map > 10 * COMPACT_BYTES as u64);
-        let large = snapshots_while(&mut replica, 5000, |number| (number % 1000).to_string());
+        let large = snapshots_while(&mut replica, 1000, 5000, |number| {
+            (number % 1000).to_string()
+        });
         assert!((4..=6).contains(&large), "{large} snapshots of {map} bytes");
         assert!(replica.details()[0].log_bytes < 2 * map as usize);
     }

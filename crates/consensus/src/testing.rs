@@ -68,14 +68,27 @@ pub(crate) fn node(replica: u64) -> NodeId {
     NodeId::from_bytes([replica as u8; 32])
 }
 
-/// Its files are in memory.
-pub(crate) fn start(replica: u64) -> Replica {
-    let owner = Owner {
+fn owner(replica: u64) -> Owner {
+    Owner {
         federation: FederationId::from_bytes([1; 32]),
         node: node(replica),
-    };
-    let directory = Arc::<MemoryDirectory>::default();
-    create_in(&*directory, owner).ok().unwrap();
+    }
+}
+
+/// With files in memory.
+pub(crate) fn start(replica: u64) -> Replica {
+    start_anew(replica, &create(replica))
+}
+
+/// An empty catalog.
+pub(crate) fn create(replica: u64) -> Arc<MemoryDirectory> {
+    let directory = Arc::default();
+    create_in(&directory, owner(replica)).ok().unwrap();
+    directory
+}
+
+/// With the files that are there.
+pub(crate) fn start_anew(replica: u64, directory: &Arc<MemoryDirectory>) -> Replica {
     let settings = Settings {
         replica,
         election_ticks: 6,
@@ -88,7 +101,8 @@ pub(crate) fn start(replica: u64) -> Replica {
         piece_bytes: 1024,
         counters: Arc::default(),
     };
-    let (disk, groups) = Disk::open_in(Box::new(directory), Path::new("memory"), owner).unwrap();
+    let directory = Box::new(Arc::clone(directory));
+    let (disk, groups) = Disk::open_in(directory, Path::new("memory"), owner(replica)).unwrap();
     Replica::new(settings, disk, groups).unwrap()
 }
 

@@ -28,8 +28,9 @@ impl Replayed {
     }
 
     /// The snapshot was stored, and the power went before the log said so: one that the log does
-    /// not lead to replaces it.
-    pub(super) fn adopt(&mut self, snapshot: &Snapshot) {
+    /// not lead to replaces it, and the log is to say so before anything else is written to it
+    /// (`true`).
+    pub(super) fn adopt(&mut self, snapshot: &Snapshot) -> bool {
         let known = if snapshot.index == self.start.0 {
             Some(self.start.1)
         } else {
@@ -38,7 +39,7 @@ impl Replayed {
         // Only what is committed is in a snapshot.
         self.hard_state.commit = self.hard_state.commit.max(snapshot.index);
         if known == Some(snapshot.term) {
-            return;
+            return false;
         }
         self.entries.clear();
         self.start = (snapshot.index, snapshot.term);
@@ -46,6 +47,7 @@ impl Replayed {
             self.hard_state.term = snapshot.term;
             self.hard_state.vote = 0;
         }
+        true
     }
 
     pub(super) fn check(&self, snapshot: Option<&Snapshot>) -> Result<(), String> {

@@ -82,8 +82,8 @@ fn step(random: &mut StdRng, group: GroupId, model: &mut Model, size: usize) -> 
     };
     let kind = random.random_range(0..10);
     if kind == 0 {
-        // From a leader, far ahead.
-        let index = model.last() + random.random_range(1..50);
+        // From a leader, often far ahead, else in place of entries that were not committed.
+        let index = random.random_range(model.hard_state.commit + 1..model.last() + 50);
         let term = model.hard_state.term + 1;
         *model = Model {
             hard_state: HardState {
@@ -175,6 +175,44 @@ fn write_and_store(disk: &mut Disk, writes: Vec<Write>) -> Result<(), DiskError>
     Ok(())
 }
 
+/// A part of what should be written again; returns how many entries.
+fn write_some_again(
+    random: &mut StdRng,
+    disk: &mut Disk,
+    models: &Models,
+) -> Result<usize, DiskError> {
+    let entries = models.values().flat_map(|model| &model.entries);
+    let live = entries.map(|(_, _, data)| data.len()).sum();
+    let Some((group, run)) = disk.to_rewrite(|| live).pop() else {
+        return Ok(0);
+    };
+    let model = &models[&group];
+    let wanted = model.entries.iter().filter(|one| run.contains(&one.0));
+    let entries: Vec<Entry> = wanted
+        .take(random.random_range(1..4))
+        .map(|(index, term, data)| Entry {
+            kind: EntryKind::Normal,
+            term: *term,
+            index: *index,
+            data: data.clone(),
+            context: Bytes::new(),
+        })
+        .collect();
+    let count = entries.len();
+    let change = Change {
+        group,
+        truncate_from: None,
+        entries,
+        hard_state: model.hard_state,
+        start: model.start,
+    };
+    disk.write(vec![Write {
+        change,
+        snapshot: None,
+    }])?;
+    Ok(count)
+}
+
 /// A group after a power cut in the middle of a round: as before, or as after, or with the
 /// snapshot of the round and the log of before.
 fn plausible(found: Option<&Model>, before: Option<&Model>, after: Option<&Model>) -> bool {
@@ -225,18 +263,25 @@ fn the_clock_is_kept_in_these_bytes_and_damage_to_it_is_an_error() {
 
 #[test]
 fn what_was_acknowledged_is_there_after_a_power_cut_at_any_moment() {
+    let mut again = 0;
     for seed in 0..200 {
         let mut random = StdRng::seed_from_u64(seed);
         let directory = fresh();
         let (mut disk, mut models) = open(&directory).unwrap();
         for _ in 0..random.random_range(1..12) {
+            disk.limit_segments(4096);
             // Every so often the power goes within the next few operations on files.
-            directory.fail_after(random.random_range(0..40), seed);
+            directory.fail_after(random.random_range(0..80), seed);
             let mut cut = false;
-            for _ in 0..random.random_range(1..20) {
-                let before = models.clone();
+            for _ in 0..random.random_range(1..40) {
+                let mut before = models.clone();
                 let writes = round(&mut random, &mut models, 3000);
-                if write_and_store(&mut disk, writes).is_ok() {
+                let written = write_and_store(&mut disk, writes).and_then(|()| {
+                    before.clone_from(&models);
+                    write_some_again(&mut random, &mut disk, &models)
+                });
+                if let Ok(entries) = written {
+                    again += entries;
                     continue;
                 }
                 drop(disk);
@@ -268,6 +313,67 @@ fn what_was_acknowledged_is_there_after_a_power_cut_at_any_moment() {
             }
         }
     }
+    assert!(again > 100, "only {again} entries were written again");
+}
+
+#[test]
+fn what_a_snapshot_replaced_does_not_come_back_after_a_power_cut() {
+    let group = GroupId::from_number(1);
+    let entry = |index: u64, term: u64| Entry {
+        kind: EntryKind::Normal,
+        term,
+        index,
+        data: Bytes::from_static(b"data"),
+        context: Bytes::new(),
+    };
+    let write = |truncate_from, entries, commit, start| Write {
+        change: Change {
+            group,
+            truncate_from,
+            entries,
+            hard_state: HardState {
+                term: 6,
+                vote: 0,
+                commit,
+            },
+            start,
+        },
+        snapshot: None,
+    };
+    let mut adopted = 0;
+    for operations in 0..40 {
+        let directory = fresh();
+        let (mut disk, _) = open(&directory).unwrap();
+        let tail = (1..=25).map(|index| entry(index, 2)).collect();
+        disk.write(vec![write(None, tail, 0, (0, 0))]).unwrap();
+        directory.fail_after(operations, operations as u64);
+        let mut replacing = write(Some(0), Vec::new(), 20, (20, 5));
+        replacing.snapshot = Some(snapshot(20, 5));
+        let written = disk.write(vec![replacing]);
+        drop(disk);
+        if written.is_ok() {
+            break;
+        }
+        directory.power_cut();
+        let (mut disk, found) = open(&directory).unwrap();
+        if found[&group].start != (20, 5) {
+            continue;
+        }
+        adopted += 1;
+        disk.write(vec![write(None, vec![entry(21, 6)], 20, (20, 5))])
+            .unwrap();
+        drop(disk);
+        let (_, found) = open(&directory).unwrap();
+        let entries = &found[&group].entries;
+        assert_eq!(
+            entries.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(),
+            [(21, 6)]
+        );
+    }
+    assert!(
+        adopted > 0,
+        "no power cut was between the snapshot and the log"
+    );
 }
 
 #[test]

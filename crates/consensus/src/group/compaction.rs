@@ -16,9 +16,9 @@ use crate::wire::{ENTRY_BYTES, Message, Snapshot};
 
 impl Group {
     /// Whether the log, with `since` applied entries after the snapshot, is to be replaced by a new
-    /// one: when these are many, or large, and no smaller than the map. What is written for
-    /// snapshots is then never more than what is written for entries. Those before the snapshot do
-    /// not count: the ones that are kept may be as large.
+    /// one: when these are many, or large, and larger than the map. What is written for snapshots is
+    /// then hardly more than what is written for entries. Those before the snapshot do not count:
+    /// the ones that are kept may be as large.
     fn is_long(&self, since: u64, settings: &Settings) -> bool {
         // A replica that a snapshot is on its way to needs the entries after it.
         let mut others = self.raw.raft.prs().iter();
@@ -42,7 +42,8 @@ impl Group {
             return;
         }
         let since = applied.saturating_sub(log.snapshot_index());
-        if !(self.is_long(since, settings) || std::mem::take(&mut self.snapshot_wanted)) {
+        let wanted = std::mem::take(&mut self.snapshot_wanted);
+        if !wanted && !self.is_long(since, settings) {
             return;
         }
         let (Ok(term), Ok(data)) = (

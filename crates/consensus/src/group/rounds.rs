@@ -120,14 +120,19 @@ impl Group {
         }
     }
 
-    /// Entries of this run once more, for a log whose old part is to go: as long as there is
-    /// `room`, in bytes. Between rounds only.
-    pub(crate) fn written_again(&self, run: RangeInclusive<u64>, room: &mut usize) -> Write {
+    /// Entries of this run once more, for a log whose old part is to go: until there are so many
+    /// `bytes` of them. Between rounds only.
+    pub(crate) fn written_again(
+        &self,
+        run: RangeInclusive<u64>,
+        portion: usize,
+        bytes: &mut usize,
+    ) -> Write {
         let mut write = self.empty_write();
         for entry in self.raw.store().run(run) {
             write.change.entries.push(Entry::from_raft(entry));
-            *room = room.saturating_sub(entry.data.len() + ENTRY_BYTES);
-            if *room == 0 {
+            *bytes += entry.data.len() + ENTRY_BYTES;
+            if *bytes >= portion {
                 break;
             }
         }

@@ -31,7 +31,7 @@ const HELD_FOR: u64 = 500;
 /// A node that is away for longer is replaced as a voter.
 const AWAY: u64 = 10 * SECOND;
 /// A segment of the log is small, so that many come and go.
-const SEGMENT: u64 = 24 * 1024;
+const SEGMENT: u64 = 3 * 1024;
 /// So much of a snapshot is written at once, so that most take several rounds.
 const SLICE: usize = 2000;
 

@@ -126,7 +126,7 @@ pub(crate) struct Core {
     working: Vec<GroupId>,
     /// Groups of the round before, whose reads are to be answered.
     answering: Vec<GroupId>,
-    /// Groups that changed since their status was told.
+    /// Groups whose status changed since it was told.
     touched: BTreeSet<GroupId>,
     /// Nodes that this one votes with: both hear of each other every heartbeat interval.
     peers: BTreeMap<u64, Peer>,
@@ -161,8 +161,6 @@ pub(crate) struct Core {
     /// of a hybrid clock (Kulkarni et al. 2014). Every frame carries it; a group that is led here
     /// gives no stamp up to it any more.
     clock: Revision,
-    /// Which configuration of each group its status shows.
-    shown: BTreeMap<GroupId, u64>,
 }
 
 impl Core {
@@ -206,7 +204,6 @@ impl Core {
             counter: 0,
             ticks: 0,
             clock,
-            shown: BTreeMap::new(),
         })
     }
 
@@ -544,9 +541,8 @@ impl Core {
     pub(crate) fn complete(&mut self, batches: &mut VecDeque<Batch>) {
         let mut messages = std::mem::take(&mut self.held);
         let working = std::mem::take(&mut self.working);
-        self.touched.extend(&working);
         self.answering.clone_from(&working);
-        let (mut active, mut changed) = (Vec::new(), false);
+        let (mut active, mut news, mut changed) = (Vec::new(), Vec::new(), false);
         let mut untold = Vec::new();
         self.each(Some(working), |group, settings| {
             let mut out = Vec::new();
@@ -558,8 +554,12 @@ impl Core {
             if group.dirty || group.reconcile {
                 active.push(group.id);
             }
+            if group.has_news() {
+                news.push(group.id);
+            }
         });
         self.active.extend(active);
+        self.touched.extend(news);
         for ((to, hasty), group) in untold {
             self.untold.entry(to).or_default().insert(group);
             if hasty {
@@ -605,28 +605,19 @@ impl Core {
             changed = true;
         }
         for id in std::mem::take(&mut self.touched) {
-            let Some(group) = self.groups.get(&id) else {
+            let Some(group) = self.groups.get_mut(&id) else {
                 continue;
             };
-            let same = known.get(&group.id).is_some_and(|old| {
-                old.leader == group.leader()
-                    && old.leads == group.leads()
-                    && old.term == group.raw.raft.term
-                    && self.shown.get(&group.id) == Some(&group.configuration_number)
-            });
-            if !same {
-                changed = true;
-                let counters = &self.settings.counters;
-                let old = known.insert(group.id, group.status());
-                let (term, leader) = old.map_or((0, None), |old| (old.term, old.leader));
-                if group.raw.raft.term > term {
-                    Counters::add(&counters.terms, group.raw.raft.term - term);
-                }
-                if leader != group.leader() {
-                    Counters::add(&counters.leader_changes, 1);
-                    debug!(group = %group.id, term = group.raw.raft.term, index = group.raw.raft.raft_log.committed, leader = ?group.leader(), "another leader");
-                }
-                self.shown.insert(group.id, group.configuration_number);
+            changed = true;
+            let counters = &self.settings.counters;
+            let old = known.insert(id, group.tell_status());
+            let (term, leader) = old.map_or((0, None), |old| (old.term, old.leader));
+            if group.raw.raft.term > term {
+                Counters::add(&counters.terms, group.raw.raft.term - term);
+            }
+            if leader != group.leader() {
+                Counters::add(&counters.leader_changes, 1);
+                debug!(group = %id, term = group.raw.raft.term, index = group.raw.raft.raft_log.committed, leader = ?group.leader(), "another leader");
             }
         }
         changed

@@ -40,6 +40,15 @@ pub(crate) enum Outcome {
 
 type Waiter = oneshot::Sender<Outcome>;
 
+/// What is to be told when it changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shown {
+    term: u64,
+    leader: Option<u64>,
+    leads: bool,
+    configuration_number: u64,
+}
+
 /// A group's replica.
 pub(crate) struct Group {
     pub(crate) id: GroupId,
@@ -59,6 +68,8 @@ pub(crate) struct Group {
     expected: Option<(Bytes, Machine)>,
     /// A replica was added that the snapshot does not know; it could not start from it.
     snapshot_wanted: bool,
+    /// What its status shows.
+    shown: Option<Shown>,
     /// Rises when other replicas vote or follow.
     pub(crate) configuration_number: u64,
     /// The membership is to be looked at.
@@ -125,6 +136,7 @@ impl Group {
             compaction: None,
             expected: None,
             snapshot_wanted: false,
+            shown: None,
             configuration_number: 0,
             reconcile: true,
             settled: false,
@@ -155,6 +167,26 @@ impl Group {
 
     pub(crate) fn leader(&self) -> Option<u64> {
         Some(self.raw.raft.leader_id).filter(|id| *id != 0)
+    }
+
+    fn shows(&self) -> Shown {
+        Shown {
+            term: self.raw.raft.term,
+            leader: self.leader(),
+            leads: self.leads(),
+            configuration_number: self.configuration_number,
+        }
+    }
+
+    /// Whether its status shows something else than it did when it was told last.
+    pub(crate) fn has_news(&self) -> bool {
+        self.shown != Some(self.shows())
+    }
+
+    /// Its status, to be told.
+    pub(crate) fn tell_status(&mut self) -> GroupStatus {
+        self.shown = Some(self.shows());
+        self.status()
     }
 
     pub(crate) fn status(&self) -> GroupStatus {

@@ -100,6 +100,8 @@ fn encode_within<const LIMIT: usize, T: Serialize>(
         });
     }
     if bytes.capacity() > SCRATCH_BYTES_MAX {
+        // The next one may be as large, and grows from there.
+        SCRATCH.set(Vec::with_capacity(SCRATCH_BYTES_MAX));
         return Ok(bytes);
     }
     let exact = bytes.as_slice().to_vec();

@@ -127,19 +127,26 @@ fn step(random: &mut StdRng, group: GroupId, model: &mut Model, size: usize) -> 
             model
                 .entries
                 .push((index, model.hard_state.term, data.clone()));
-            write.change.entries.push(Entry {
-                kind: EntryKind::Normal,
-                term: model.hard_state.term,
-                index,
-                data,
-                context: Bytes::new(),
-            });
+            write
+                .change
+                .entries
+                .push(entry(index, model.hard_state.term, data));
         }
         model.hard_state.commit = random.random_range(model.hard_state.commit..=model.last());
     }
     write.change.hard_state = model.hard_state;
     write.change.start = model.start;
     write
+}
+
+const fn entry(index: u64, term: u64, data: Bytes) -> Entry {
+    Entry {
+        kind: EntryKind::Normal,
+        term,
+        index,
+        data,
+        context: Bytes::new(),
+    }
 }
 
 fn snapshot(index: u64, term: u64) -> Snapshot {
@@ -190,13 +197,7 @@ fn write_some_again(
     let wanted = model.entries.iter().filter(|one| run.contains(&one.0));
     let entries: Vec<Entry> = wanted
         .take(random.random_range(1..4))
-        .map(|(index, term, data)| Entry {
-            kind: EntryKind::Normal,
-            term: *term,
-            index: *index,
-            data: data.clone(),
-            context: Bytes::new(),
-        })
+        .map(|(index, term, data)| entry(*index, *term, data.clone()))
         .collect();
     let count = entries.len();
     let change = Change {
@@ -319,13 +320,7 @@ fn what_was_acknowledged_is_there_after_a_power_cut_at_any_moment() {
 #[test]
 fn what_a_snapshot_replaced_does_not_come_back_after_a_power_cut() {
     let group = GroupId::from_number(1);
-    let entry = |index: u64, term: u64| Entry {
-        kind: EntryKind::Normal,
-        term,
-        index,
-        data: Bytes::from_static(b"data"),
-        context: Bytes::new(),
-    };
+    let entry = |index, term| entry(index, term, Bytes::from_static(b"data"));
     let write = |truncate_from, entries, commit, start| Write {
         change: Change {
             group,
@@ -381,13 +376,7 @@ fn old_segments_go_and_a_silent_group_does_not_hold_them() {
     let directory = fresh();
     let (mut disk, _) = open(&directory).unwrap();
     let silent = GroupId::from_number(9);
-    let entry = |index: u64, bytes: usize| Entry {
-        kind: EntryKind::Normal,
-        term: 1,
-        index,
-        data: vec![3; bytes].into(),
-        context: Bytes::new(),
-    };
+    let entry = |index, bytes| entry(index, 1, vec![3; bytes].into());
     let change = |group, entries, start: u64, commit| Write {
         change: Change {
             group,
@@ -452,13 +441,7 @@ fn a_round_larger_than_a_record_is_written_in_pieces() {
                 entries: model
                     .entries
                     .iter()
-                    .map(|(index, term, data)| Entry {
-                        kind: EntryKind::Normal,
-                        term: *term,
-                        index: *index,
-                        data: data.clone(),
-                        context: Bytes::new(),
-                    })
+                    .map(|(index, term, data)| entry(*index, *term, data.clone()))
                     .collect(),
                 hard_state: model.hard_state,
                 start: model.start,

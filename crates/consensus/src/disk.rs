@@ -495,20 +495,20 @@ impl Disk {
 
     /// Entries that should be written again, as runs of indices: they alone hold the oldest
     /// segment, and most of what is on the disk is no longer wanted. `live`: bytes of all that is.
+    /// A group whose snapshot is on its way is not named: that may let go what it holds.
     pub(crate) fn to_rewrite(
         &self,
         live: impl FnOnce() -> usize,
     ) -> Vec<(GroupId, RangeInclusive<u64>)> {
         let (oldest, count) = self.wal.oldest();
-        // What a snapshot that is on its way will let go needs not be written again.
-        if !self.storing.is_empty()
-            || count <= SEGMENTS_MIN
+        if count <= SEGMENTS_MIN
             || self.wal.bytes() < SEGMENTS_MIN as u64 * self.wal.segment_bytes + 2 * live() as u64
         {
             return Vec::new();
         }
         let groups = self.places.iter();
         groups
+            .filter(|(group, _)| !self.storing.contains_key(group))
             .flat_map(|(group, places)| places.runs(oldest).map(|run| (*group, run)))
             .collect()
     }

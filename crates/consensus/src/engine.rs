@@ -31,6 +31,14 @@ use crate::wire::Frame;
 const ROUND_INPUTS: usize = 512;
 /// How often the thread lets others go first, as long as they bring something, before a round.
 const GATHERINGS_MAX: usize = 4;
+/// Whoever brought so much to the last round will bring more: there is a crowd,
+const CROWD: usize = 4;
+/// and a round that has less than this waits for it once,
+const CROWDED: usize = 32;
+/// this long and what the system's timer adds (50 microseconds on Linux). Measured with 64 clients
+/// (docs/benchmarks.md, 2026-11-28, at night): a thread that sleeps is let on when it wakes, one
+/// that yields again and again waits for the others' time slices.
+const CROWD_PAUSE: Duration = Duration::from_micros(150);
 /// How long followers wait at most to be told what is committed. What goes to them in this time
 /// anyway tells them, too: of the messages that a lonely write takes, a third are spared.
 pub(crate) const TELL_WITHIN: Duration = Duration::from_millis(1);
@@ -65,6 +73,44 @@ pub(crate) enum Input {
 /// Begun, done already, refused; or (`Err(None)`) this node does not lead the group.
 pub(crate) type TransferStart = Result<bool, Option<TransferError>>;
 
+/// What a round takes, in messages and requests.
+#[derive(Debug, Default)]
+pub(crate) struct Load {
+    now: usize,
+    last: usize,
+}
+
+/// What the thread does before it looks for more to take into a round.
+#[derive(Debug, PartialEq, Eq)]
+enum Courtesy {
+    Yield,
+    Pause,
+    Nothing,
+}
+
+impl Load {
+    fn take(&mut self, input: &Input) {
+        self.now += match input {
+            Input::Frame(_, frame) => frame.messages.len(),
+            _ => 1,
+        };
+    }
+
+    fn begin_round(&mut self) {
+        self.last = std::mem::take(&mut self.now);
+    }
+
+    const fn courtesy(&self) -> Courtesy {
+        if self.last < CROWD {
+            Courtesy::Yield
+        } else if self.now < CROWDED {
+            Courtesy::Pause
+        } else {
+            Courtesy::Nothing
+        }
+    }
+}
+
 pub(crate) type Machines = Arc<RwLock<BTreeMap<GroupId, Arc<RwLock<Machine>>>>>;
 
 /// The thread's state.
@@ -83,6 +129,7 @@ pub(crate) struct Engine {
     pub(crate) full: watch::Sender<bool>,
     pub(crate) output: Output,
     pub(crate) status: watch::Sender<BTreeMap<GroupId, GroupStatus>>,
+    pub(crate) load: Load,
     pub(crate) clock: Box<dyn Fn() -> Timestamp + Send>,
     pub(crate) tick: Duration,
 }
@@ -330,6 +377,7 @@ impl Engine {
                 self.replica.tell();
                 tell_at = None;
             }
+            self.load.begin_round();
             self.rounds()?;
             if !self.replica.has_untold() {
                 tell_at = None;
@@ -345,10 +393,15 @@ impl Engine {
     fn gather(&mut self) -> Result<bool, DiskError> {
         // Others wait for what the last round let go.
         let patient = !self.replica.holds();
-        let mut taken = 1;
+        let (mut taken, mut paused) = (1, false);
         for _ in 0..GATHERINGS_MAX {
-            if patient {
-                std::thread::yield_now();
+            match self.load.courtesy() {
+                Courtesy::Yield if patient => std::thread::yield_now(),
+                Courtesy::Pause if patient && !paused => {
+                    std::thread::sleep(CROWD_PAUSE);
+                    paused = true;
+                }
+                _ => {}
             }
             let before = taken;
             while taken < ROUND_INPUTS
@@ -368,6 +421,7 @@ impl Engine {
 
     /// `false`: stop.
     fn take(&mut self, input: Input) -> Result<bool, DiskError> {
+        self.load.take(&input);
         match input {
             Input::Frame(from, frame) => self.replica.receive(from, frame),
             Input::Propose(group, command, origin, reply) => {
@@ -420,5 +474,32 @@ impl Engine {
         self.status
             .send_if_modified(|known| self.replica.update_status(known));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crowd_is_waited_for_once_and_somebody_alone_is_not() {
+        let mut load = Load::default();
+        let reads = |load: &mut Load, count: usize| {
+            for _ in 0..count {
+                load.take(&Input::Read(GroupId::META, oneshot::channel().0));
+            }
+        };
+        reads(&mut load, 1);
+        assert_eq!(load.courtesy(), Courtesy::Yield);
+        reads(&mut load, CROWD - 1);
+        assert_eq!(load.courtesy(), Courtesy::Yield);
+        load.begin_round();
+        reads(&mut load, 1);
+        assert_eq!(load.courtesy(), Courtesy::Pause);
+        reads(&mut load, CROWDED - 1);
+        assert_eq!(load.courtesy(), Courtesy::Nothing);
+        load.begin_round();
+        load.begin_round();
+        assert_eq!(load.courtesy(), Courtesy::Yield);
     }
 }

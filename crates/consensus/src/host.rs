@@ -25,7 +25,7 @@ use tracing::{debug, error};
 
 use crate::core::{GroupStatus, Origin, Settings};
 use crate::disk::{DiskError, Home, RealHome};
-use crate::engine::{Engine, Input, Machines, Output};
+use crate::engine::{Engine, Input, Load, Machines, Output};
 use crate::feeds::Feeds;
 use crate::follow::History;
 use crate::inputs::{self, Giver};
@@ -212,6 +212,7 @@ impl Host {
                 write_time: Duration::ZERO,
             },
             status: status_sender,
+            load: Load::default(),
             clock: Box::new(clock),
             tick: config.tick,
         };

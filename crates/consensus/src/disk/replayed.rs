@@ -51,12 +51,19 @@ impl Replayed {
     }
 
     pub(super) fn check(&self, snapshot: Option<&Snapshot>) -> Result<(), String> {
-        let mut expected = self.start.0 + 1;
-        for index in self.entries.keys() {
+        let (mut expected, mut term) = (self.start.0 + 1, self.start.1);
+        for (index, entry) in &self.entries {
             if *index != expected {
                 return Err(format!("entry {expected} is missing before {index}"));
             }
-            expected += 1;
+            // In every log of Raft terms only rise (Ongaro and Ousterhout 2014, 5.3 and 5.4).
+            if entry.term < term {
+                return Err(format!(
+                    "entry {index} is of term {}, the one before it of term {term}",
+                    entry.term
+                ));
+            }
+            (expected, term) = (expected + 1, entry.term);
         }
         if self.hard_state.commit >= expected {
             return Err(format!(

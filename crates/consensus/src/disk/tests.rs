@@ -372,6 +372,35 @@ fn what_a_snapshot_replaced_does_not_come_back_after_a_power_cut() {
 }
 
 #[test]
+fn a_log_whose_terms_fall_is_damaged() {
+    let directory = fresh();
+    let (mut disk, _) = open(&directory).unwrap();
+    let entry = |index, term| entry(index, term, Bytes::from_static(b"d"));
+    let change = |entries| Write {
+        change: Change {
+            group: GroupId::META,
+            truncate_from: None,
+            entries,
+            hard_state: HardState {
+                term: 3,
+                vote: 0,
+                commit: 0,
+            },
+            start: (0, 0),
+        },
+        snapshot: None,
+    };
+    disk.write(vec![change(vec![entry(1, 2), entry(2, 2), entry(3, 2)])])
+        .unwrap();
+    disk.write(vec![change(vec![entry(2, 3)])]).unwrap();
+    let error = open(&directory).unwrap_err().to_string();
+    assert!(
+        error.contains("entry 3 is of term 2, the one before it of term 3"),
+        "{error}"
+    );
+}
+
+#[test]
 fn old_segments_go_and_a_silent_group_does_not_hold_them() {
     let directory = fresh();
     let (mut disk, _) = open(&directory).unwrap();

@@ -6,7 +6,9 @@
 //! direction or both, nodes are killed, lose power in the middle of any operation on a file (then
 //! any of the sectors that were not synced may be lost), have full or slow disks, find a bit
 //! flipped, are paused, have clocks that drift and are put forward and back, join and leave while writes run,
-//! and are replaced as voters when they are away. Now and then nobody asks for anything, so that
+//! and are replaced as voters when they are away. Leaders are cut off and take many writes before they
+//! notice, and others write more meanwhile than they keep; while a node puts a snapshot in place of its log, the
+//! power often goes. Now and then nobody asks for anything, so that
 //! groups fall silent. Snapshots travel in pieces of a few hundred bytes.
 //!
 //! A long simulation is one of rounds: faults, then none, then rest in which nobody asks for

@@ -78,6 +78,10 @@ enum Event {
         attempt: u64,
     },
     Fault,
+    Flood {
+        group: GroupId,
+        alone: u64,
+    },
     Close,
     Census,
     Room {
@@ -261,6 +265,7 @@ impl<'a> World<'a> {
             self.run_until(self.now + self.scenario.faulty_ms * 1000)?;
             self.become_calm()?;
             self.run_until(self.now + self.scenario.calm_ms * 1000)?;
+            self.settle()?;
             self.verdict()?;
             self.rounds += 1;
             if self.now >= self.scenario.long_ms * 1000 {
@@ -356,6 +361,7 @@ impl<'a> World<'a> {
                 }
                 self.trace.update(&bytes);
                 let frame = Frame::decode(&bytes).map_err(|error| error.to_string())?;
+                self.cut_while_replacing(to, &frame);
                 self.step(to, |replica| {
                     replica.receive(node_id(from), frame);
                     Ok(())
@@ -406,6 +412,7 @@ impl<'a> World<'a> {
                 Ok(())
             }
             Event::Fault => self.fault(),
+            Event::Flood { group, alone } => self.flood_others(group, alone),
             Event::Close => self.close(),
             Event::Census => {
                 self.tell_members();

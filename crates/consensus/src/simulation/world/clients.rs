@@ -155,6 +155,13 @@ impl World<'_> {
         self.schedule(pause + ATTEMPT, Event::Late { client, attempt });
     }
 
+    /// What the clock of a node shows.
+    pub(super) fn shown(&self, node: u64) -> Timestamp {
+        let (clock, drift) = self.nodes.get(&node).map_or((0, 0), |n| (n.clock, n.drift));
+        let shown = (self.now / 1000) as i64 * (1000 + drift) / 1000 + clock;
+        Timestamp::from_millis(EPOCH_MS + shown)
+    }
+
     pub(super) fn ask(&mut self, client: usize, attempt: u64, to: u64) -> Result<(), String> {
         if let Some(until) = self.paused(to) {
             self.schedule(
@@ -173,11 +180,7 @@ impl World<'_> {
         if current.attempt != attempt {
             return Ok(());
         }
-        let Some(node) = self.nodes.get(&to) else {
-            return Ok(());
-        };
-        let shown = (self.now / 1000) as i64 * (1000 + node.drift) / 1000 + node.clock;
-        let now = Timestamp::from_millis(EPOCH_MS + shown);
+        let now = self.shown(to);
         let (group, key) = current.key.clone();
         let (request, expect, asked) = (current.request, current.expect, current.asked);
         // Clients with an even number are at one site.

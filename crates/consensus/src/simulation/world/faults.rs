@@ -1,9 +1,52 @@
 //! What hurts the nodes, and that it ends.
 
+use std::ops::Range;
+
+use bytes::Bytes;
+use krake_model::ids::GroupId;
 use rand::RngExt as _;
+use tokio::sync::oneshot;
 
 use super::nodes::{Node, Process};
 use super::{Event, SECOND, World};
+use crate::command::{Command, Expect, Operation, RequestId};
+use crate::core::Origin;
+use crate::wire::{Frame, MessageKind};
+
+/// How often the power goes while a snapshot that replaces the log is put in its place,
+const CUT: f64 = 0.3;
+/// and after how many operations on files: some before the snapshot has its name, some after.
+const CUT_AFTER: Range<u32> = 2..10;
+
+/// A write of a key that no client looks at.
+fn unseen(number: u64) -> Command {
+    let put = Operation::Put {
+        key: "unseen".to_owned(),
+        value: Bytes::copy_from_slice(&number.to_le_bytes()),
+        expect: Expect::Any,
+    };
+    Command {
+        request: RequestId::from_number(u128::from(number) << 64 | 2),
+        operations: vec![put],
+    }
+}
+
+const fn of(replica: u64) -> Origin {
+    Origin {
+        replica,
+        submitted: false,
+    }
+}
+
+/// Whether a snapshot that comes in pieces is whole with this frame, or comes whole in it.
+fn ends_snapshot(frame: &Frame) -> bool {
+    let mut messages = frame.messages.iter();
+    let mut pieces = frame.pieces.iter();
+    messages.any(|(_, message)| message.kind == MessageKind::Snapshot)
+        || pieces.any(|piece| {
+            !piece.data.is_empty() && piece.offset + piece.data.len() as u64 == piece.snapshot.bytes
+        })
+}
 
 impl World<'_> {
     pub(super) fn fault(&mut self) -> Result<(), String> {
@@ -21,7 +64,7 @@ impl World<'_> {
             .collect();
         let victim = members[self.random.random_range(0..members.len())];
         let seed = self.random.random_range(0..u64::MAX);
-        let kind = self.random.random_range(0..18);
+        let kind = self.random.random_range(0..20);
         self.trace.update(&[kind]);
         match kind {
             0 => self.kill(victim),
@@ -87,6 +130,7 @@ impl World<'_> {
                 let after = self.random.random_range(SECOND..8 * SECOND);
                 self.schedule(after, Event::Room { node: victim });
             }
+            18 | 19 => self.isolate_leader(victim, &members)?,
             13 => self.step(victim, |replica| {
                 replica.hand_over();
                 Ok(())
@@ -94,6 +138,65 @@ impl World<'_> {
             _ => {}
         }
         Ok(())
+    }
+
+    /// A leader is alone, and takes many writes before it notices: its log gets a long end that
+    /// others never have.
+    fn isolate_leader(&mut self, victim: u64, members: &[u64]) -> Result<(), String> {
+        let process = self.nodes[&victim].process.as_ref();
+        let groups = process.iter().flat_map(|p| p.replica.core.groups.values());
+        let led: Vec<GroupId> = groups.filter(|g| g.is_leader()).map(|g| g.id).collect();
+        if led.is_empty() || members.len() < 3 {
+            return Ok(());
+        }
+        for other in members.iter().filter(|id| **id != victim) {
+            self.network.cut.insert((victim, *other));
+            self.network.cut.insert((*other, victim));
+        }
+        self.heal_within(4 * SECOND..9 * SECOND);
+        let group = led[self.random.random_range(0..led.len())];
+        self.flood(victim, group, 2 * self.compact_entries)?;
+        let after = self.random.random_range(SECOND..3 * SECOND);
+        let alone = victim;
+        self.schedule(after, Event::Flood { group, alone });
+        Ok(())
+    }
+
+    /// Others lead the group meanwhile; their log does not reach back to where the lonely one's ends.
+    pub(super) fn flood_others(&mut self, group: GroupId, alone: u64) -> Result<(), String> {
+        let leads = |node: &Node| {
+            let process = node.process.as_ref();
+            let group = process.and_then(|process| process.replica.core.groups.get(&group));
+            group.is_some_and(|group| group.is_leader())
+        };
+        let mut others = self.nodes.iter().filter(|(id, _)| **id != alone);
+        let leader = others.find(|(_, node)| leads(node)).map(|(id, _)| *id);
+        let is_alone = self.network.cut.iter().any(|(from, _)| *from == alone);
+        match leader {
+            _ if !is_alone => Ok(()),
+            Some(leader) => self.flood(leader, group, self.compact_entries + self.kept_entries),
+            None => {
+                self.schedule(SECOND / 2, Event::Flood { group, alone });
+                Ok(())
+            }
+        }
+    }
+
+    /// Up to so many writes at once, of which no client knows.
+    fn flood(&mut self, leader: u64, group: GroupId, most: u64) -> Result<(), String> {
+        if self.paused(leader).is_some() {
+            return Ok(());
+        }
+        let now = self.shown(leader);
+        let first = self.next_attempt;
+        self.next_attempt += self.random.random_range(1..=most);
+        let writes = first..self.next_attempt;
+        self.step(leader, |replica| {
+            for number in writes {
+                replica.propose(group, unseen(number), of(leader), oneshot::channel().0, now);
+            }
+            Ok(())
+        })
     }
 
     /// Somebody new joins; where nobody is left, a member leaves now and then.
@@ -151,6 +254,18 @@ impl World<'_> {
             self.checks.stopped(&process.replica);
             let power = self.random.random_bool(0.5);
             self.stop(victim, power);
+        }
+    }
+
+    /// Now and then the power goes while a node takes a snapshot in place of its log.
+    pub(super) fn cut_while_replacing(&mut self, node: u64, frame: &Frame) {
+        if self.calm.is_none() && ends_snapshot(frame) && self.random.random_bool(CUT) {
+            let operations = self.random.random_range(CUT_AFTER);
+            let seed = self.random.random_range(0..u64::MAX);
+            if let Some(node) = self.nodes.get(&node) {
+                self.faults += 1;
+                node.directory.fail_after(operations, seed);
+            }
         }
     }
 

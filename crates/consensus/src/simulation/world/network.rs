@@ -1,6 +1,7 @@
 //! Frames on their way: late, lost, repeated, or cut off.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use bytes::Bytes;
 use rand::RngExt as _;
@@ -63,9 +64,14 @@ impl World<'_> {
     }
 
     pub(super) fn heal_later(&mut self) {
+        self.heal_within(SECOND / 2..8 * SECOND);
+    }
+
+    /// All cuts end after so many microseconds, unless there is another one before.
+    pub(super) fn heal_within(&mut self, after: Range<u64>) {
         self.network.number += 1;
         let number = self.network.number;
-        let after = self.random.random_range(SECOND / 2..8 * SECOND);
+        let after = self.random.random_range(after);
         self.schedule(after, Event::Heal { number });
     }
 }

@@ -5,12 +5,37 @@ use std::fmt::Write as _;
 
 use krake_model::ids::GroupId;
 
-use super::World;
 use super::nodes::Node;
+use super::{SECOND, World};
+use crate::replica::Replica;
 use crate::simulation::checks::Checks;
 use crate::simulation::history::{Asked, Got, Operation, Value, linearizable};
 
+/// A leader that has just begun tells within this time that its first entry is committed.
+const TOLD_WITHIN: u64 = SECOND;
+
 impl World<'_> {
+    /// Leadership may be handed over at the very end.
+    pub(super) fn settle(&mut self) -> Result<(), String> {
+        let end = self.now + TOLD_WITHIN;
+        while self.now < end && Checks::equal(&self.replicas()?).is_err() {
+            self.run_until(self.now + SECOND / 20)?;
+        }
+        Ok(())
+    }
+
+    /// All members that must be there.
+    fn replicas(&self) -> Result<Vec<&Replica>, String> {
+        let expected = |(_, node): &(&u64, &Node)| node.member && !node.lost;
+        let nodes = self.nodes.iter().filter(expected);
+        nodes
+            .map(|(id, node)| match &node.process {
+                Some(process) => Ok(&process.replica),
+                None => Err(format!("replica {id} has not come back")),
+            })
+            .collect()
+    }
+
     pub(super) fn verdict(&self) -> Result<(), String> {
         if let Some(stuck) = &self.stuck {
             return Err(format!("{stuck}\n{}", self.groups_now()));
@@ -22,14 +47,7 @@ impl World<'_> {
                 ));
             }
         }
-        let mut replicas = Vec::new();
-        let expected = |(_, node): &(&u64, &Node)| node.member && !node.lost;
-        for (id, node) in self.nodes.iter().filter(expected) {
-            match &node.process {
-                Some(process) => replicas.push(&process.replica),
-                None => return Err(format!("replica {id} has not come back")),
-            }
-        }
+        let replicas = self.replicas()?;
         let late = self
             .history
             .values()

@@ -493,7 +493,7 @@ impl Disk {
         }
     }
 
-    /// Entries that should be written again, as runs of indices: they alone hold the oldest
+    /// Entries that should be written again, as runs of indices: they hold the oldest
     /// segment, and most of what is on the disk is no longer wanted. `live`: bytes of all that is.
     /// A group whose snapshot is on its way is not named: that may let go what it holds.
     pub(crate) fn to_rewrite(

@@ -31,9 +31,9 @@ use crate::wire::Frame;
 const ROUND_INPUTS: usize = 512;
 /// How often the thread lets others go first, as long as they bring something, before a round.
 const GATHERINGS_MAX: usize = 4;
-/// Whoever brought so much to the last round will bring more: there is a crowd,
+/// Whoever brought so many entries to the last round will bring more: there is a crowd,
 const CROWD: usize = 4;
-/// and a round that has less than this waits for it once,
+/// and a round that has fewer than this waits for it once,
 const CROWDED: usize = 32;
 /// this long and what the system's timer adds (50 microseconds on Linux). Measured with 64 clients
 /// (docs/benchmarks.md, 2026-11-28, at night): a thread that sleeps is let on when it wakes, one
@@ -73,7 +73,8 @@ pub(crate) enum Input {
 /// Begun, done already, refused; or (`Err(None)`) this node does not lead the group.
 pub(crate) type TransferStart = Result<bool, Option<TransferError>>;
 
-/// What a round takes, in messages and requests.
+/// What a round takes, in entries: those are written, once however many they are. Reads, answers
+/// and heartbeats are none; who reads would only wait longer.
 #[derive(Debug, Default)]
 pub(crate) struct Load {
     now: usize,
@@ -91,8 +92,9 @@ enum Courtesy {
 impl Load {
     fn take(&mut self, input: &Input) {
         self.now += match input {
-            Input::Frame(_, frame) => frame.messages.len(),
-            _ => 1,
+            Input::Propose(..) => 1,
+            Input::Frame(_, frame) => frame.entries(),
+            _ => 0,
         };
     }
 
@@ -362,8 +364,11 @@ impl Engine {
                     if !self.take(input)? || !self.gather()? {
                         return Ok(());
                     }
+                    self.load.begin_round();
                 }
-                Err(RecvTimeoutError::Timeout) => {}
+                // Only what the last round let go is sent: its crowd is still there.
+                Err(RecvTimeoutError::Timeout) if wait.is_zero() => {}
+                Err(RecvTimeoutError::Timeout) => self.load.begin_round(),
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
             let now = Instant::now();
@@ -377,7 +382,6 @@ impl Engine {
                 self.replica.tell();
                 tell_at = None;
             }
-            self.load.begin_round();
             self.rounds()?;
             if !self.replica.has_untold() {
                 tell_at = None;
@@ -388,8 +392,8 @@ impl Engine {
     }
 
     /// Takes what else there is into the round; `false`: stop. Whoever waits for this core goes
-    /// first: most likely it brings more, and a round costs a sync and a message to each peer,
-    /// however much is in it.
+    /// first, and a crowd is waited for: most likely it brings more, and a round costs a sync and a
+    /// message to each peer, however much is in it.
     fn gather(&mut self) -> Result<bool, DiskError> {
         // Others wait for what the last round let go.
         let patient = !self.replica.holds();
@@ -484,19 +488,28 @@ mod tests {
     #[test]
     fn a_crowd_is_waited_for_once_and_somebody_alone_is_not() {
         let mut load = Load::default();
-        let reads = |load: &mut Load, count: usize| {
+        let own = Origin {
+            replica: 1,
+            submitted: true,
+        };
+        let writes = |load: &mut Load, count: usize| {
             for _ in 0..count {
-                load.take(&Input::Read(GroupId::META, oneshot::channel().0));
+                let command = Command::new(Vec::new());
+                let reply = oneshot::channel().0;
+                load.take(&Input::Propose(GroupId::META, command, own, reply));
             }
         };
-        reads(&mut load, 1);
-        assert_eq!(load.courtesy(), Courtesy::Yield);
-        reads(&mut load, CROWD - 1);
+        for _ in 0..CROWDED {
+            load.take(&Input::Read(GroupId::META, oneshot::channel().0));
+        }
+        writes(&mut load, CROWD - 1);
+        load.begin_round();
+        writes(&mut load, CROWD);
         assert_eq!(load.courtesy(), Courtesy::Yield);
         load.begin_round();
-        reads(&mut load, 1);
+        writes(&mut load, 1);
         assert_eq!(load.courtesy(), Courtesy::Pause);
-        reads(&mut load, CROWDED - 1);
+        writes(&mut load, CROWDED - 1);
         assert_eq!(load.courtesy(), Courtesy::Nothing);
         load.begin_round();
         load.begin_round();

@@ -147,7 +147,8 @@ fn snapshot(message: &Message) -> Result<Machine, Refused> {
     let Some(snapshot) = &message.snapshot else {
         return Err(Refused::Shape);
     };
-    if snapshot.index == 0 || snapshot.term == 0 || snapshot.configuration.voters.is_empty() {
+    let in_log = (1..=message.term).contains(&snapshot.term);
+    if snapshot.index == 0 || !in_log || snapshot.configuration.voters.is_empty() {
         return Err(Refused::Shape);
     }
     Ok(Machine::decode(&snapshot.data)?)
@@ -240,18 +241,25 @@ mod tests {
         let mut jump = message(MessageKind::Vote);
         jump.term = u64::MAX;
         assert!(refused(&jump));
-        let mut empty = message(MessageKind::Snapshot);
-        assert!(refused(&empty));
-        empty.snapshot = Some(Snapshot {
-            index: 5,
-            term: 2,
-            configuration: Configuration {
-                voters: vec![1],
-                learners: vec![],
-            },
-            data: Bytes::from_static(b"garbage"),
-        });
-        assert!(refused(&empty));
+        assert!(refused(&message(MessageKind::Snapshot)));
+        let snapshot = |term, data| {
+            let mut message = message(MessageKind::Snapshot);
+            message.snapshot = Some(Snapshot {
+                index: 5,
+                term,
+                configuration: Configuration {
+                    voters: vec![1],
+                    learners: vec![],
+                },
+                data,
+            });
+            message
+        };
+        let map = Bytes::from(Machine::default().encode().unwrap());
+        assert!(!refused(&snapshot(2, map.clone())));
+        // No leader has entries of a later term than its own.
+        assert!(refused(&snapshot(3, map)));
+        assert!(refused(&snapshot(2, Bytes::from_static(b"garbage"))));
         assert!(refused(&message(MessageKind::ReadIndex)));
     }
 }

@@ -128,6 +128,13 @@ pub(crate) struct Pulse {
 }
 
 impl Frame {
+    /// Log entries in its messages.
+    pub(crate) fn entries(&self) -> usize {
+        let messages = self.messages.iter();
+        let appends = messages.filter(|(_, message)| message.kind == MessageKind::Append);
+        appends.map(|(_, message)| message.entries.len()).sum()
+    }
+
     pub(crate) fn encode(&self) -> Result<Vec<u8>, CodecError> {
         codec::encode(FRAME_VERSION, self)
     }

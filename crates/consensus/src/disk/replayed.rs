@@ -56,7 +56,7 @@ impl Replayed {
             if *index != expected {
                 return Err(format!("entry {expected} is missing before {index}"));
             }
-            // In every log of Raft terms only rise (Ongaro and Ousterhout 2014, 5.3 and 5.4).
+            // In no log of Raft do terms fall (Ongaro and Ousterhout 2014, 5.3 and 5.4).
             if entry.term < term {
                 return Err(format!(
                     "entry {index} is of term {}, the one before it of term {term}",

@@ -289,6 +289,16 @@ impl Checks {
         Ok(())
     }
 
+    /// Whether one replica has applied more of a group than another one.
+    pub(super) fn apart(replicas: &[&Replica]) -> bool {
+        let mut applied = BTreeMap::new();
+        let mut groups = replicas.iter().flat_map(|replica| &replica.core.groups);
+        groups.any(|(id, group)| {
+            let here = group.machine.read().applied;
+            *applied.entry(*id).or_insert(here) != here
+        })
+    }
+
     /// Whether all replicas have the same.
     pub(super) fn equal(replicas: &[&Replica]) -> Result<(), String> {
         let Some((first, rest)) = replicas.split_first() else {

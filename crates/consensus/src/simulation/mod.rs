@@ -7,8 +7,8 @@
 //! any of the sectors that were not synced may be lost), have full or slow disks, find a bit
 //! flipped, are paused, have clocks that drift and are put forward and back, join and leave while writes run,
 //! and are replaced as voters when they are away. Leaders are cut off and take many writes before they
-//! notice, and others write more meanwhile than they keep; while a node puts a snapshot in place of its log, the
-//! power often goes. Now and then nobody asks for anything, so that
+//! notice, while others write as much as calls for a snapshot; where a node puts a snapshot in place of
+//! its log, it often stops. Now and then nobody asks for anything, so that
 //! groups fall silent. Snapshots travel in pieces of a few hundred bytes.
 //!
 //! A long simulation is one of rounds: faults, then none, then rest in which nobody asks for
@@ -182,6 +182,7 @@ mod tests {
             Bug::RequestAppliedTwice,
             Bug::SnapshotForgetsRequests,
             Bug::SnapshotAheadOfItself,
+            Bug::TruncationNotWritten,
             Bug::ConditionIgnored,
             Bug::StampsStartAnew,
             Bug::SegmentDroppedEarly,

@@ -1,6 +1,6 @@
 //! What hurts the nodes, and that it ends.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use bytes::Bytes;
 use krake_model::ids::GroupId;
@@ -13,7 +13,7 @@ use crate::command::{Command, Expect, Operation, RequestId};
 use crate::core::Origin;
 use crate::wire::{Frame, MessageKind};
 
-/// How often the power goes while a snapshot that replaces the log is put in its place,
+/// How often a node stops while a snapshot that replaces the log is put in its place,
 const CUT: f64 = 0.3;
 /// and after how many operations on files: some before the snapshot has its name, some after.
 const CUT_AFTER: Range<u32> = 2..10;
@@ -155,14 +155,15 @@ impl World<'_> {
         }
         self.heal_within(4 * SECOND..9 * SECOND);
         let group = led[self.random.random_range(0..led.len())];
-        self.flood(victim, group, 2 * self.compact_entries)?;
+        self.flood(victim, group, 1..=2 * self.compact_entries)?;
         let after = self.random.random_range(SECOND..3 * SECOND);
         let alone = victim;
         self.schedule(after, Event::Flood { group, alone });
         Ok(())
     }
 
-    /// Others lead the group meanwhile; their log does not reach back to where the lonely one's ends.
+    /// Others lead the group meanwhile, and write as much as calls for a snapshot: their log may not
+    /// reach back to where the lonely one's goes on alone.
     pub(super) fn flood_others(&mut self, group: GroupId, alone: u64) -> Result<(), String> {
         let leads = |node: &Node| {
             let process = node.process.as_ref();
@@ -174,7 +175,10 @@ impl World<'_> {
         let is_alone = self.network.cut.iter().any(|(from, _)| *from == alone);
         match leader {
             _ if !is_alone => Ok(()),
-            Some(leader) => self.flood(leader, group, self.compact_entries + self.kept_entries),
+            Some(leader) => {
+                let least = self.compact_entries + 1;
+                self.flood(leader, group, least..=least + self.kept_entries)
+            }
             None => {
                 self.schedule(SECOND / 2, Event::Flood { group, alone });
                 Ok(())
@@ -182,14 +186,19 @@ impl World<'_> {
         }
     }
 
-    /// Up to so many writes at once, of which no client knows.
-    fn flood(&mut self, leader: u64, group: GroupId, most: u64) -> Result<(), String> {
+    /// So many writes at once, of which no client knows.
+    fn flood(
+        &mut self,
+        leader: u64,
+        group: GroupId,
+        count: RangeInclusive<u64>,
+    ) -> Result<(), String> {
         if self.paused(leader).is_some() {
             return Ok(());
         }
         let now = self.shown(leader);
         let first = self.next_attempt;
-        self.next_attempt += self.random.random_range(1..=most);
+        self.next_attempt += self.random.random_range(count);
         let writes = first..self.next_attempt;
         self.step(leader, |replica| {
             for number in writes {
@@ -257,7 +266,7 @@ impl World<'_> {
         }
     }
 
-    /// Now and then the power goes while a node takes a snapshot in place of its log.
+    /// Now and then a node stops, mostly without power, while it takes a snapshot in place of its log.
     pub(super) fn cut_while_replacing(&mut self, node: u64, frame: &Frame) {
         if self.calm.is_none() && ends_snapshot(frame) && self.random.random_bool(CUT) {
             let operations = self.random.random_range(CUT_AFTER);

@@ -18,7 +18,7 @@ impl World<'_> {
     /// Leadership may be handed over at the very end.
     pub(super) fn settle(&mut self) -> Result<(), String> {
         let end = self.now + TOLD_WITHIN;
-        while self.now < end && Checks::equal(&self.replicas()?).is_err() {
+        while self.now < end && self.replicas().is_ok_and(|all| Checks::apart(&all)) {
             self.run_until(self.now + SECOND / 20)?;
         }
         Ok(())

@@ -161,6 +161,11 @@ fn counters(registry: &mut Registry, federation: &Federation) {
             "Connections made with other nodes over QUIC; the others are over TCP",
             &traffic.quic_connections,
         ),
+        (
+            "direct_connections",
+            "Connections made with other nodes on one link for consensus frames alone, beside the others",
+            &traffic.direct_connections,
+        ),
     ] {
         let counter: Counter = Counter::default();
         counter.inc_by(counted.load(Ordering::Relaxed));

@@ -2,6 +2,7 @@
 
 mod abrupt;
 mod connections;
+mod direct;
 mod exchange;
 mod frames;
 mod joins;
@@ -10,6 +11,7 @@ pub(crate) mod shared;
 mod swarm;
 mod task;
 mod transports;
+mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -21,24 +23,23 @@ use async_trait::async_trait;
 use krake_model::codec;
 use krake_model::ids::{FederationId, NodeId};
 use krake_model::report::SignedReport;
-use libp2p::PeerId;
 use libp2p::multiaddr::Protocol;
+use libp2p::{PeerId, identity};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::warn;
 
 use self::exchange::EXCHANGE_VERSION;
+use self::frames::Outbox;
 use self::pinger::Pinger;
-use self::shared::Shared;
+use self::shared::{Heard, Shared};
 use self::task::{Command, SwarmTask};
+use self::upgrade::{Dialler, Upgrade};
 use crate::behaviour::MemberSet;
 use crate::calls::{self, Fault, Lines};
 use crate::streams::{self, CallError};
 use crate::verdict::{self, Opinions};
 use crate::view::View;
-
-/// Frames that wait for one peer at most; more are dropped, and Raft sends again.
-const FRAME_QUEUE: usize = 256;
 
 /// What the network needs to start.
 pub struct NetworkConfig {
@@ -109,6 +110,8 @@ pub struct Traffic {
     pub connections: AtomicU64,
     /// Those of them over QUIC; the others are over TCP.
     pub quic_connections: AtomicU64,
+    /// Connections beside those, made by either side for frames alone.
+    pub direct_connections: AtomicU64,
 }
 
 /// The handle; cheap to clone.
@@ -120,6 +123,7 @@ pub struct Network {
     join: libp2p_stream::Control,
     runtime: tokio::runtime::Handle,
     lines: Arc<Lines>,
+    dialler: Arc<Dialler>,
 }
 
 impl std::fmt::Debug for Network {
@@ -148,9 +152,15 @@ impl Network {
         handler: Arc<dyn Handler>,
     ) -> Result<Self, NetworkError> {
         let members = MemberSet::default();
-        let mut swarm = swarm::build_swarm(&config, &members)?;
+        let start = |reason: String| NetworkError::Start(reason);
+        let mut secret = config.secret_key;
+        let key = identity::Keypair::ed25519_from_bytes(&mut secret)
+            .map_err(|error| start(error.to_string()))?;
+        let dialler = Dialler::new(&key).map_err(start)?;
+        let (upgrade, accepted) = Upgrade::new(&key).map_err(start)?;
+        let mut swarm = swarm::build_swarm(&config, key, &members, upgrade)?;
         let own = node_id(swarm.local_peer_id())
-            .ok_or_else(|| NetworkError::Start("the key is not an Ed25519 key".to_owned()))?;
+            .ok_or_else(|| start("the key is not an Ed25519 key".to_owned()))?;
         swarm::listen(&mut swarm, &config.listen).await?;
         let mut streams = swarm.behaviour().members.inner.streams.new_control();
         let mut join = swarm.behaviour().join.new_control();
@@ -163,8 +173,9 @@ impl Network {
             join: join.clone(),
             runtime: tokio::runtime::Handle::current(),
             lines: Arc::default(),
+            dialler: Arc::new(dialler),
         };
-        let registered = |_| NetworkError::Start("a protocol is registered twice".to_owned());
+        let registered = |_| start("a protocol is registered twice".to_owned());
         let frames = streams.accept(streams::FRAMES).map_err(registered)?;
         let calls_incoming = streams.accept(streams::CALLS).map_err(registered)?;
         let reports = streams.accept(streams::REPORTS).map_err(registered)?;
@@ -172,6 +183,11 @@ impl Network {
         tokio::spawn(frames::take_frames(
             frames,
             Arc::clone(&shared),
+            Arc::clone(&handler),
+        ));
+        tokio::spawn(direct::take(
+            accepted,
+            Arc::downgrade(&shared),
             Arc::clone(&handler),
         ));
         tokio::spawn(calls::take_calls(
@@ -203,14 +219,13 @@ impl Network {
         {
             let ids: BTreeSet<NodeId> = peers.iter().map(|peer| peer.node).collect();
             *self.shared.members.write() = ids.iter().filter_map(|id| peer_id(*id)).collect();
-            let now = Instant::now();
             let mut heard = self.shared.heard.write();
             heard.retain(|id, _| ids.contains(id));
             for id in &ids {
-                heard.entry(*id).or_insert(now);
+                heard.entry(*id).or_insert_with(Heard::now);
             }
             drop(heard);
-            self.shared.queues.lock().retain(|id, _| ids.contains(id));
+            self.shared.outboxes.lock().retain(|id, _| ids.contains(id));
             self.shared.rtts.write().retain(|id, _| ids.contains(id));
             self.lines.retain(|id| ids.contains(id));
             self.shared
@@ -221,24 +236,31 @@ impl Network {
         let _ = self.commands.send(Command::Members).await;
     }
 
-    /// Queues a frame for a member, in order behind those before it. `false`: it is not connected
-    /// or too far behind, and the frame is dropped.
+    /// Sends a frame to a member without waiting, behind those before it but for the moment at which
+    /// a better way is found. `false`: it is not connected or too far behind, and the frame is
+    /// dropped.
     pub fn send_frame(&self, to: NodeId, frame: Vec<u8>) -> bool {
         let Some(peer) = peer_id(to) else {
             return false;
         };
-        if !self.shared.connected.borrow().contains(&to) {
-            return false;
-        }
-        let mut queues = self.shared.queues.lock();
-        let queue = queues.entry(to).or_insert_with(|| {
-            let (sender, receiver) = mpsc::channel(FRAME_QUEUE);
-            // The caller may be a thread of its own, outside the runtime.
-            self.runtime
-                .spawn(frames::write_frames(receiver, self.streams.clone(), peer));
-            sender
-        });
-        queue.try_send(frame).is_ok()
+        let outbox = {
+            let mut outboxes = self.shared.outboxes.lock();
+            // Whoever finds that it is gone takes it out of the one, then out of the other.
+            if !self.shared.connected.borrow().contains(&to) {
+                return false;
+            }
+            let outbox = outboxes.entry(to).or_insert_with(|| {
+                Arc::new(Outbox::new(
+                    &self.runtime,
+                    (to, peer),
+                    self.streams.clone(),
+                    Arc::downgrade(&self.shared),
+                    Arc::clone(&self.dialler),
+                ))
+            });
+            Arc::clone(outbox)
+        };
+        outbox.push(frame)
     }
 
     /// Asks a member and waits for its answer. A question whose stream breaks is asked once more:

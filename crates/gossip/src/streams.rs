@@ -1,8 +1,11 @@
 //! Length-prefixed messages on libp2p streams, and questions that have a stream each.
 
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ready};
 use libp2p::{PeerId, Stream, StreamProtocol};
 use thiserror::Error;
 
@@ -20,12 +23,14 @@ pub const CALL_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// A newcomer's request has this many bytes at most.
 pub(crate) const JOIN_BYTES_MAX: usize = 64 * 1024;
 /// A peer that does not take or give bytes for this long has lost its stream.
-const STALL: Duration = Duration::from_secs(5);
+pub(crate) const STALL: Duration = Duration::from_secs(5);
 /// A stream is open after this time, or somebody should try again: where a connection is replaced at
 /// that moment, it may be asked for on none of them (see `Network::connect`).
 const OPEN_TIME: Duration = Duration::from_secs(3);
 /// Messages are gathered up to this size into one write.
 const GATHERED_BYTES: usize = 64 * 1024;
+/// Whoever writes lets others go first after so many bytes.
+const WRITTEN_AT_ONCE: usize = 256 * 1024;
 /// What is read from a stream at once, at most.
 pub(crate) const READ_BYTES: usize = 16 * 1024;
 
@@ -71,22 +76,57 @@ pub(crate) async fn write<S: AsyncWrite + Unpin>(
 /// Messages that are written at once: each write of a stream costs the connection a frame, a
 /// cipher's block and, where it is idle, a system call.
 #[derive(Debug, Default)]
-pub(crate) struct Gathered(Vec<u8>);
+pub(crate) struct Gathered {
+    bytes: Vec<u8>,
+    /// So many of them are written.
+    written: usize,
+}
 
 impl Gathered {
     /// Adds a message, given in parts.
     pub(crate) fn push(&mut self, parts: &[&[u8]]) {
         let length: usize = parts.iter().map(|part| part.len()).sum();
-        self.0.reserve(length + 4);
-        self.0.extend_from_slice(&(length as u32).to_be_bytes());
+        self.bytes.reserve(length + 4);
+        self.bytes.extend_from_slice(&(length as u32).to_be_bytes());
         for part in parts {
-            self.0.extend_from_slice(part);
+            self.bytes.extend_from_slice(part);
         }
+    }
+
+    /// Nothing is left to write.
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
     }
 
     /// No more should be added before what is there is written.
     pub(crate) const fn is_full(&self) -> bool {
-        self.0.len() >= GATHERED_BYTES
+        self.bytes.len() >= GATHERED_BYTES
+    }
+
+    /// Writes what was added, as far as the stream takes it now; ready when that was all.
+    pub(crate) fn poll_write<S: AsyncWrite + Unpin>(
+        &mut self,
+        stream: &mut S,
+        cx: &mut Context<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        if self.bytes.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        let limit = self.written + WRITTEN_AT_ONCE;
+        while self.written < self.bytes.len() {
+            if self.written >= limit {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let left = &self.bytes[self.written..];
+            match ready!(Pin::new(&mut *stream).poll_write(cx, left))? {
+                0 => return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
+                taken => self.written += taken,
+            }
+        }
+        ready!(Pin::new(stream).poll_flush(cx))?;
+        self.clear();
+        Poll::Ready(Ok(()))
     }
 
     /// Writes what was added.
@@ -94,18 +134,17 @@ impl Gathered {
         &mut self,
         stream: &mut S,
     ) -> std::io::Result<()> {
-        if self.0.is_empty() {
-            return Ok(());
-        }
-        let work = async {
-            stream.write_all(&self.0).await?;
-            stream.flush().await
-        };
-        let limit = STALL.max(size_allowance(self.0.len()));
+        let limit = STALL.max(size_allowance(self.bytes.len()));
+        let work = poll_fn(|cx| self.poll_write(stream, cx));
         let written = tokio::time::timeout(limit, work).await;
-        self.0.clear();
-        self.0.shrink_to(2 * GATHERED_BYTES);
+        self.clear();
         written.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+    }
+
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.bytes.shrink_to(2 * GATHERED_BYTES);
+        self.written = 0;
     }
 }
 

@@ -170,9 +170,16 @@ async fn members_exchange_frames_calls_and_reports() {
         b.recorder.frames.lock().len() == 100
     })
     .await;
-    let frames = b.recorder.frames.lock().clone();
+    let mut frames = b.recorder.frames.lock().clone();
     assert!(frames.iter().all(|(from, _)| *from == a.peer.node));
-    assert!(frames.is_sorted_by_key(|(_, frame)| frame[0]));
+    // They may overtake each other where their way changes.
+    frames.sort_unstable();
+    assert!(
+        frames
+            .into_iter()
+            .map(|(_, frame)| frame)
+            .eq((0..100).map(|number| vec![number]))
+    );
 
     let answer = a.network.call(c.peer.node, b"hello", LIMIT).await.unwrap();
     assert_eq!(answer, b"echo hello");
@@ -288,58 +295,189 @@ async fn where_tcp_is_refused_quic_gets_through() {
     }
 }
 
-/// Passes connections on to `to`; those that are there when `cut` changes carry nothing any more and
-/// stay, as after a power cut.
-async fn relay_tcp(to: SocketAddr, cut: watch::Receiver<()>) -> SocketAddr {
-    // It holds little: the sender's buffers are full soon.
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.set_recv_buffer_size(64 * 1024).unwrap();
-    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let listener = socket.listen(16).unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((mut near, _)) = listener.accept().await {
-            let mut cut = cut.clone();
-            cut.mark_unchanged();
-            tokio::spawn(async move {
-                let mut far = TcpStream::connect(to).await.unwrap();
-                tokio::select! {
-                    _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
-                    Ok(()) = cut.changed() => std::future::pending().await,
-                }
-            });
-        }
-    });
-    address
+/// What becomes of a connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Open,
+    /// It carries nothing any more and stays, as after a power cut.
+    Still,
+    Closed,
 }
 
-/// As many as may wait for one peer.
-const FRAMES: usize = 256;
+/// Passes connections on to a member.
+struct Relay {
+    at: SocketAddr,
+    /// In the order in which they were made.
+    connections: Arc<Mutex<Vec<watch::Sender<Way>>>>,
+}
+
+impl Relay {
+    async fn to(member: &Member) -> Self {
+        let to: SocketAddr = member.peer.addresses[0].parse().unwrap();
+        // It holds little: the sender's buffers are full soon.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(64 * 1024).unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(16).unwrap();
+        let relay = Self {
+            at: listener.local_addr().unwrap(),
+            connections: Arc::default(),
+        };
+        let connections = Arc::clone(&relay.connections);
+        tokio::spawn(async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                let (sender, mut way) = watch::channel(Way::Open);
+                connections.lock().push(sender);
+                tokio::spawn(async move {
+                    let mut far = TcpStream::connect(to).await.unwrap();
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                        _ = way.wait_for(|way| *way != Way::Open) => {}
+                    }
+                    let _ = way.wait_for(|way| *way != Way::Still).await;
+                });
+            }
+        });
+        relay
+    }
+
+    fn set(
+        &self,
+        connections: impl std::slice::SliceIndex<[watch::Sender<Way>], Output = [watch::Sender<Way>]>,
+        way: Way,
+    ) {
+        for connection in &self.connections.lock()[connections] {
+            connection.send_replace(way);
+        }
+    }
+}
+
+/// So few that they take the stream.
+const FRAMES: usize = 31;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_died_with_frames_in_it_is_replaced() {
     let members = started(2).await;
     let (a, b) = (&members[0], &members[1]);
-    let (cut, is_cut) = watch::channel(());
-    let at = relay_tcp(b.peer.addresses[0].parse().unwrap(), is_cut).await;
-    dials_at(a, b, at).await;
+    let relay = Relay::to(b).await;
+    dials_at(a, b, relay.at).await;
     let mut connected = a.network.connected();
     let there = connected.wait_for(|set| set.contains(&b.peer.node));
     tokio::time::timeout(LIMIT, there).await.unwrap().unwrap();
     a.network.call(b.peer.node, b"there?", LIMIT).await.unwrap();
     // So that the stream's window grows beyond what the system's buffers take.
     for _ in 0..FRAMES {
-        assert!(a.network.send_frame(b.peer.node, vec![0; 500_000]));
+        assert!(a.network.send_frame(b.peer.node, vec![0; 4_000_000]));
     }
     until("some of them are there", || {
         b.recorder.frames.lock().len() > FRAMES / 5
     })
     .await;
-    cut.send_replace(());
+    relay.set(.., Way::Still);
     assert!(b.recorder.frames.lock().len() < FRAMES);
+    assert_eq!(direct_connections(a), 0);
     let (before, _) = connections(a);
     until("it is dialled again", || connections(a).0 > before).await;
     answers(a, b, LIMIT).await;
+}
+
+fn direct_connections(member: &Member) -> u64 {
+    let traffic = member.network.traffic();
+    traffic.direct_connections.load(Ordering::Relaxed)
+}
+
+/// Sends frames until they have another connection than everything else, and all are there.
+async fn frames_go_directly(from: &Member, to: &Member) {
+    let (before, arrived) = (direct_connections(from), to.recorder.frames.lock().len());
+    let mut sent = 0;
+    until("frames go directly", || {
+        for _ in 0..10 {
+            sent += usize::from(from.network.send_frame(to.peer.node, vec![0]));
+        }
+        direct_connections(from) > before
+    })
+    .await;
+    until("the first ones are there", || {
+        to.recorder.frames.lock().len() >= arrived + sent
+    })
+    .await;
+}
+
+/// Sends a frame again and again, until one arrives.
+async fn a_frame_arrives(from: &Member, to: &Member, frame: &[u8]) {
+    let arrived = to.recorder.frames.lock().len();
+    until("a frame arrives", || {
+        from.network.send_frame(to.peer.node, frame.to_vec());
+        to.recorder.frames.lock().len() > arrived
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn frames_on_one_link_have_a_connection_of_their_own() {
+    let members = started(2).await;
+    let (a, b) = (&members[0], &members[1]);
+    let relay = Relay::to(b).await;
+    dials_at(a, b, relay.at).await;
+    answers(a, b, LIMIT).await;
+    frames_go_directly(a, b).await;
+    // The first is the swarm's. Only questions wait for it.
+    let swarm = 0..1;
+    relay.set(swarm.clone(), Way::Still);
+    b.recorder.frames.lock().clear();
+    let sizes = [1, 1_000, 50_000, 300_000];
+    let frames: Vec<Vec<u8>> = (0..100_u8)
+        .map(|number| vec![number; sizes[usize::from(number) % sizes.len()]])
+        .collect();
+    for frame in &frames {
+        assert!(a.network.send_frame(b.peer.node, frame.clone()));
+    }
+    until("all frames are there", || {
+        b.recorder.frames.lock().len() == frames.len()
+    })
+    .await;
+    let arrived = b.recorder.frames.lock().clone();
+    assert!(arrived.iter().all(|(from, _)| *from == a.peer.node));
+    assert!(arrived.into_iter().map(|(_, frame)| frame).eq(frames));
+    // It ends with the swarm's.
+    let direct = relay.connections.lock().len();
+    until("the swarm dials again", || {
+        relay.connections.lock().len() > direct
+    })
+    .await;
+    frames_go_directly(a, b).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_connection_of_their_own_frames_take_a_stream() {
+    let members = started(2).await;
+    let (a, b) = (&members[0], &members[1]);
+    let relay = Relay::to(b).await;
+    dials_at(a, b, relay.at).await;
+    answers(a, b, LIMIT).await;
+    frames_go_directly(a, b).await;
+    let (before, _) = connections(a);
+    let mut ways = vec![Way::Closed];
+    // Elsewhere the system goes on for many minutes.
+    if cfg!(any(target_os = "linux", target_os = "android")) {
+        ways.push(Way::Still);
+    }
+    for way in ways {
+        let (direct, count) = (direct_connections(a), relay.connections.lock().len());
+        relay.set(count - 1..count, way);
+        b.recorder.frames.lock().clear();
+        a_frame_arrives(a, b, &[1; 50_000]).await;
+        until("there is another one", || {
+            a.network.send_frame(b.peer.node, vec![2]);
+            direct_connections(a) > direct
+        })
+        .await;
+    }
+    assert_eq!(
+        connections(a).0,
+        before,
+        "the swarm's connection has stayed"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -439,6 +577,7 @@ async fn who_reads_from_a_connection_that_was_closed_ends() {
     let before = readers();
     let mut connected = b.network.connected();
     for _ in 0..3 {
+        frames_go_directly(a, b).await;
         b.network.block(&BTreeSet::from([a.peer.node])).await;
         let cut = connected.wait_for(BTreeSet::is_empty);
         tokio::time::timeout(LIMIT, cut).await.unwrap().unwrap();

@@ -175,7 +175,7 @@ impl SwarmTask {
             .any(|made| made.member && made.peer == peer);
         if let (false, Some(shared), Some(node)) = (left, self.shared.upgrade(), node_id(&peer)) {
             shared.connected.send_if_modified(|set| set.remove(&node));
-            shared.queues.lock().remove(&node);
+            shared.outboxes.lock().remove(&node);
             if !was_member && shared.is_member(&peer) {
                 // Whoever saw that the connection was of no use makes the next one.
                 self.dial_again(&shared, node, peer);

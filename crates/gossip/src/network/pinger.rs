@@ -51,7 +51,8 @@ impl Pinger {
                 at.map_or(Duration::MAX, |at| now.saturating_duration_since(*at))
             };
             let asked = since(self.asked.get(&node));
-            let due = asked >= interval || asked.min(since(heard.get(&node))) >= silence;
+            let silent = since(heard.get(&node).map(|heard| &heard.over_swarm));
+            let due = asked >= interval || asked.min(silent) >= silence;
             let Some(peer) = peer_id(node).filter(|_| due) else {
                 continue;
             };

@@ -2,15 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use krake_model::ids::{FederationId, NodeId};
 use krake_model::report::SignedReport;
 use libp2p::PeerId;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 use tracing::debug;
 
+use super::frames::Outbox;
 use super::{Peer, Traffic, node_id, peer_id};
 use crate::behaviour::MemberSet;
 use crate::verdict::Opinions;
@@ -30,14 +32,32 @@ pub(crate) struct Shared {
     pub(super) members: MemberSet,
     pub(super) peers: RwLock<Vec<Peer>>,
     pub(super) view: watch::Sender<View>,
-    pub(super) heard: RwLock<BTreeMap<NodeId, Instant>>,
+    pub(super) heard: RwLock<BTreeMap<NodeId, Heard>>,
     pub(super) rtts: RwLock<BTreeMap<NodeId, Duration>>,
     pub(super) connected: watch::Sender<BTreeSet<NodeId>>,
-    pub(super) queues: Mutex<BTreeMap<NodeId, mpsc::Sender<Vec<u8>>>>,
+    pub(super) outboxes: Mutex<BTreeMap<NodeId, Arc<Outbox>>>,
     /// Who asked to join within [`OUTSIDER_TIME`], and when last.
     joining: Mutex<BTreeMap<PeerId, Instant>>,
     pub(crate) calls: Arc<Semaphore>,
     pub(crate) traffic: Traffic,
+}
+
+/// When a member was heard last.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heard {
+    pub(super) last: Instant,
+    /// Over a connection of the swarm.
+    pub(super) over_swarm: Instant,
+}
+
+impl Heard {
+    pub(super) fn now() -> Self {
+        let now = Instant::now();
+        Self {
+            last: now,
+            over_swarm: now,
+        }
+    }
 }
 
 impl Shared {
@@ -51,7 +71,7 @@ impl Shared {
             heard: RwLock::default(),
             rtts: RwLock::default(),
             connected: watch::channel(BTreeSet::new()).0,
-            queues: Mutex::default(),
+            outboxes: Mutex::default(),
             joining: Mutex::default(),
             calls: Arc::new(Semaphore::new(CALLS_AT_ONCE)),
             traffic: Traffic::default(),
@@ -64,9 +84,22 @@ impl Shared {
     }
 
     pub(crate) fn heard(&self, node: NodeId) {
-        if let Some(at) = self.heard.write().get_mut(&node) {
-            *at = Instant::now();
+        if let Some(heard) = self.heard.write().get_mut(&node) {
+            *heard = Heard::now();
         }
+    }
+
+    /// It is alive; that says nothing of the swarm's connection with it.
+    pub(super) fn heard_directly(&self, node: NodeId) {
+        if let Some(heard) = self.heard.write().get_mut(&node) {
+            heard.last = Instant::now();
+        }
+    }
+
+    pub(super) fn count_direct(&self) {
+        self.traffic
+            .direct_connections
+            .fetch_add(1, Ordering::Relaxed);
     }
 
     /// A ping was answered after `rtt`.
@@ -125,7 +158,7 @@ impl Shared {
         heard
             .iter()
             .filter(|(node, _)| **node != self.own)
-            .map(|(node, at)| (*node, now.saturating_duration_since(*at)))
+            .map(|(node, heard)| (*node, now.saturating_duration_since(heard.last)))
             .collect()
     }
 

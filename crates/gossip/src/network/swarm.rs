@@ -10,23 +10,20 @@ use krake_model::report::REPORT_BYTES_MAX;
 use libp2p::core::{Multiaddr, Transport as _, upgrade};
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::SwarmEvent;
-use libp2p::{
-    Swarm, SwarmBuilder, allow_block_list, connection_limits, gossipsub, identity, noise, tcp,
-    yamux,
-};
+use libp2p::{Swarm, SwarmBuilder, allow_block_list, connection_limits, gossipsub, identity, tcp};
 
 use super::abrupt::Abrupt;
+use super::upgrade::Upgrade;
 use super::{NetworkConfig, NetworkError};
 use crate::behaviour::{Behaviour, Inner, MemberSet, MembersOnly};
 
 pub(super) fn build_swarm(
     config: &NetworkConfig,
+    key: identity::Keypair,
     members: &MemberSet,
+    upgrade: Upgrade,
 ) -> Result<Swarm<Behaviour>, NetworkError> {
     let start = |reason: String| NetworkError::Start(reason);
-    let mut secret = config.secret_key;
-    let key = identity::Keypair::ed25519_from_bytes(&mut secret)
-        .map_err(|error| start(error.to_string()))?;
     let gossip = gossipsub::ConfigBuilder::default()
         .validation_mode(gossipsub::ValidationMode::Anonymous)
         .validate_messages()
@@ -74,14 +71,16 @@ pub(super) fn build_swarm(
             quic.keep_alive_interval = Duration::from_secs(10);
             quic
         })
-        .with_other_transport(|key| {
-            // As the builder does it, but for the close.
-            let transport = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
-                .upgrade(upgrade::Version::V1Lazy)
-                .authenticate(noise::Config::new(key)?)
-                .multiplex(yamux::Config::default())
-                .map(|(peer, muxer), _| (peer, Abrupt(muxer)));
-            Ok(transport)
+        .with_other_transport(|_| {
+            tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
+                .and_then(|socket, point| async move {
+                    if point.is_dialer() {
+                        upgrade.outbound(socket).await
+                    } else {
+                        upgrade.inbound(socket).await
+                    }
+                })
+                .map(|(peer, muxer), _| (peer, Abrupt(muxer)))
         })
         .map_err(|error| start(error.to_string()))?
         .with_dns()

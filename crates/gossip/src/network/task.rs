@@ -18,7 +18,7 @@ use super::connections::Made;
 use super::exchange::EXCHANGE_VERSION;
 use super::peer_id;
 use super::pinger::Pinger;
-use super::shared::Shared;
+use super::shared::{Heard, Shared};
 use super::swarm::topic;
 use super::transports::Dials;
 use crate::behaviour::{Behaviour, BehaviourEvent, InnerEvent};
@@ -157,8 +157,8 @@ impl SwarmTask {
                 seconds = now.duration_since(self.last_care).as_secs(),
                 "this node was paused; silence is counted anew"
             );
-            for at in shared.heard.write().values_mut() {
-                *at = now;
+            for heard in shared.heard.write().values_mut() {
+                *heard = Heard::now();
             }
         }
         self.last_care = now;

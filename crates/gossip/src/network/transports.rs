@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use libp2p::PeerId;
@@ -42,6 +42,12 @@ impl Links {
 
     fn has(&self, ip: IpAddr) -> bool {
         self.0.iter().any(|network| network.contains(&ip))
+    }
+
+    /// Those of these addresses that are on one of them.
+    pub(super) fn near(&self, addresses: &[String]) -> Vec<SocketAddr> {
+        let parsed = addresses.iter().filter_map(|address| address.parse().ok());
+        parsed.filter(|at: &SocketAddr| self.has(at.ip())).collect()
     }
 }
 

@@ -280,7 +280,9 @@ mod tests {
         };
         network.set_members(vec![member]).await;
         let direct = dial(&dialler, there, at).await.unwrap();
+        let since = Instant::now();
         is_turned_away(direct, ACQUAINTANCE_TIME * 5).await;
+        assert!(since.elapsed() > ACQUAINTANCE_TIME / 2, "it was waited for");
         assert_eq!(handler.0.load(Ordering::Relaxed), 0);
     }
 }

@@ -11,7 +11,7 @@ use futures::io::BufReader;
 use futures::{AsyncRead, StreamExt, ready};
 use krake_model::ids::NodeId;
 use libp2p::{PeerId, Stream};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
@@ -205,6 +205,8 @@ impl Queue {
         }
         while state.direct.is_some() && !state.is_idle() {
             ready!(state.poll_direct(cx));
+            // Whoever pushes does not wait for all of it.
+            MutexGuard::bump(&mut state);
         }
         if state.direct.is_some() {
             return Poll::Pending;

@@ -66,7 +66,7 @@ impl Upgrade {
         let noise = noise::Config::new(key).map_err(|error| error.to_string())?;
         let mut server = tls::make_server_config(key).map_err(|error| error.to_string())?;
         server.key_log = Arc::new(NoKeyLog);
-        // The dialler reads nothing.
+        // No session is resumed.
         server.send_tls13_tickets = 0;
         let (accepted, receiver) = mpsc::channel(ACCEPTED_MAX);
         let upgrade = Self {
@@ -126,8 +126,8 @@ impl Dialler {
     /// The cryptography cannot be set up.
     pub(super) fn new(key: &identity::Keypair) -> Result<Self, String> {
         let libp2p = tls::make_client_config(key, None).map_err(|error| error.to_string())?;
-        // The library's order begins with ChaCha20. Where frames go over TCP, on one link, there are
-        // servers, and those compute AES in a sixth of the time (docs/benchmarks.md, 2026-11-28).
+        // The library's order begins with ChaCha20, which takes four times as long where there are
+        // instructions for AES (docs/benchmarks.md, 2026-11-28, late at night).
         let provider = CryptoProvider {
             cipher_suites: vec![aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256],
             ..aws_lc_rs::default_provider()

@@ -50,13 +50,25 @@ pub(crate) struct Settings {
     pub(crate) heartbeat_ticks: usize,
     pub(crate) boot_nonce: u64,
     pub(crate) seed: u64,
-    pub(crate) compact_entries: u64,
+    /// Entries of a group after its snapshot that call for the next one, from the least to the most,
+    pub(crate) compact_entries: (u64, u64),
+    /// and as many in between as all groups together have no more than this.
+    pub(crate) compact_entries_together: u64,
     pub(crate) compact_bytes: usize,
     /// Entries kept before a snapshot, for replicas that are a little behind.
     pub(crate) kept_entries: u64,
     /// A snapshot with more data travels in pieces of so many bytes.
     pub(crate) piece_bytes: usize,
     pub(crate) counters: Arc<Counters>,
+}
+
+impl Settings {
+    /// After how many entries a group's log is to be replaced by a snapshot, where there are so many
+    /// groups.
+    pub(crate) fn compact_after(&self, groups: usize) -> u64 {
+        let (least, most) = self.compact_entries;
+        (self.compact_entries_together / groups.max(1) as u64).clamp(least, most)
+    }
 }
 
 /// Changes of one group, in commit order. Cheap to clone.
@@ -544,10 +556,11 @@ impl Core {
         self.answering.clone_from(&working);
         let (mut active, mut news, mut changed) = (Vec::new(), Vec::new(), false);
         let mut untold = Vec::new();
+        let compact_after = self.settings.compact_after(self.groups.len());
         self.each(Some(working), |group, settings| {
             let mut out = Vec::new();
             let configuration = group.configuration_number;
-            group.complete(settings, &mut out, batches);
+            group.complete(settings, compact_after, &mut out, batches);
             messages.extend(out.into_iter().map(|message| (group.id, message)));
             changed |= group.configuration_number != configuration;
             untold.extend(group.untold.drain(..).map(|whom| (whom, group.id)));

@@ -43,6 +43,10 @@ pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(15);
 pub(crate) const RETRY_PAUSE_MAX: Duration = Duration::from_millis(120);
 /// Bytes in a piece of a snapshot: a few are on their way at once, and heartbeats wait behind them.
 const PIECE_BYTES: usize = 256 * 1024;
+/// Groups have so many entries after their snapshots together, where each may have at least
+/// [`Config::compact_entries`] and at most four times as many: snapshots of few groups cost a
+/// twentieth of the writes (docs/benchmarks.md, 2026-11-28, late at night), logs of many much memory.
+const ENTRIES_TOGETHER: u64 = 64_000;
 
 /// How far a replica may be behind, see [`Host::staleness`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +88,8 @@ pub struct Config {
     pub election_ticks: usize,
     /// Ticks between heartbeats.
     pub heartbeat_ticks: usize,
-    /// Entries after which the log is replaced by a snapshot, at least.
+    /// Entries after which a group's log is replaced by a snapshot, at least; up to four times as
+    /// many where there are few groups.
     pub compact_entries: u64,
 }
 
@@ -172,7 +177,8 @@ impl Host {
             heartbeat_ticks: config.heartbeat_ticks,
             boot_nonce: (config.replica << 32) | (config.boot & 0xffff_ffff),
             seed: u64::from_le_bytes(seed) ^ config.boot,
-            compact_entries: config.compact_entries,
+            compact_entries: (config.compact_entries, 4 * config.compact_entries),
+            compact_entries_together: ENTRIES_TOGETHER,
             compact_bytes: 8 * 1024 * 1024,
             kept_entries: 200,
             piece_bytes: PIECE_BYTES,

@@ -483,12 +483,24 @@ mod tests {
     fn entries_that_are_kept_before_a_snapshot_call_for_no_other_one() {
         let mut replica = alone();
         let settings = &mut replica.core.settings;
-        (settings.compact_entries, settings.kept_entries) = (1_000_000, 200);
+        (settings.compact_entries, settings.kept_entries) = ((1_000_000, 1_000_000), 200);
         let made = snapshots_while(&mut replica, 1000, 2000, |_| "key".to_owned());
         let log = replica.core.groups[&GroupId::META].raw.store();
         assert!(log.bytes() - log.bytes_since() > COMPACT_BYTES);
         let written = 2000 * (log.bytes() / log.entries().count() + ENTRY_BYTES);
         assert_eq!(made as usize, written / COMPACT_BYTES);
+    }
+
+    #[test]
+    fn few_groups_have_longer_logs_than_many() {
+        let mut replica = alone();
+        let settings = &mut replica.core.settings;
+        settings.compact_entries = (COMPACT_ENTRIES, 4 * COMPACT_ENTRIES);
+        settings.compact_entries_together = 20 * COMPACT_ENTRIES;
+        let after = |groups| settings.compact_after(groups) / COMPACT_ENTRIES;
+        assert_eq!([0, 1, 5, 10, 20, 1000].map(after), [4, 4, 4, 2, 1, 1]);
+        let made = snapshots_while(&mut replica, 1, 9 * COMPACT_ENTRIES, |_| "key".to_owned());
+        assert_eq!(made, 2);
     }
 
     #[test]

@@ -19,19 +19,19 @@ impl Group {
     /// one: when these are many, or large, and larger than the map. What is written for snapshots is
     /// then hardly more than what is written for entries. Those before the snapshot do not count:
     /// the ones that are kept may be as large.
-    fn is_long(&self, since: u64, settings: &Settings) -> bool {
+    fn is_long(&self, since: u64, settings: &Settings, compact_after: u64) -> bool {
         // A replica that a snapshot is on its way to needs the entries after it.
         let mut others = self.raw.raft.prs().iter();
         let awaited = others.any(|(_, progress)| progress.state == ProgressState::Snapshot);
         let patience = if awaited { 2 } else { 1 };
         let map = self.machine.read().bytes() as usize;
         let log = self.raw.store().bytes_since() + since as usize * ENTRY_BYTES;
-        let many = since >= settings.compact_entries * patience as u64;
+        let many = since >= compact_after * patience as u64;
         let large = log > settings.compact_bytes * patience;
         (many || large) && log > map * patience
     }
 
-    pub(super) fn compact(&mut self, settings: &Settings) {
+    pub(super) fn compact(&mut self, settings: &Settings, compact_after: u64) {
         let mut applied = self.machine.read().applied;
         let log = self.raw.store();
         if planted::has(Bug::SnapshotAheadOfItself) {
@@ -43,7 +43,7 @@ impl Group {
         }
         let since = applied.saturating_sub(log.snapshot_index());
         let wanted = std::mem::take(&mut self.snapshot_wanted);
-        if !wanted && !self.is_long(since, settings) {
+        if !wanted && !self.is_long(since, settings, compact_after) {
             return;
         }
         let (Ok(term), Ok(data)) = (

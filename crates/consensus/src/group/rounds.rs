@@ -144,6 +144,7 @@ impl Group {
     pub(crate) fn complete(
         &mut self,
         settings: &Settings,
+        compact_after: u64,
         out: &mut Vec<Message>,
         batches: &mut VecDeque<Batch>,
     ) {
@@ -179,7 +180,7 @@ impl Group {
         }
         self.snapshot_wanted |= self.raw.store().take_snapshot_asked();
         if last.is_some() || self.snapshot_wanted {
-            self.compact(settings);
+            self.compact(settings, compact_after);
         }
         let applied = self.machine.read().applied;
         self.reads.release(applied);

@@ -404,14 +404,19 @@ async fn frames_go_directly(from: &Member, to: &Member) {
     .await;
 }
 
+/// Two members that are connected, the first by way of a relay.
+async fn neighbours() -> ([Member; 2], Relay) {
+    let (a, b) = (start(1).await, start(2).await);
+    let relay = Relay::to(&b).await;
+    dials_at(&a, &b, relay.at).await;
+    answers(&a, &b, LIMIT).await;
+    ([a, b], relay)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn frames_on_one_link_have_a_connection_of_their_own() {
-    let members = started(2).await;
-    let (a, b) = (&members[0], &members[1]);
-    let relay = Relay::to(b).await;
-    dials_at(a, b, relay.at).await;
-    answers(a, b, LIMIT).await;
-    frames_go_directly(a, b).await;
+    let ([a, b], relay) = neighbours().await;
+    frames_go_directly(&a, &b).await;
     // The first is the swarm's. Only questions wait for it.
     let swarm = 0..1;
     relay.set(swarm.clone(), Way::Still);
@@ -437,25 +442,21 @@ async fn frames_on_one_link_have_a_connection_of_their_own() {
         relay.connections.lock().len() > direct
     })
     .await;
-    frames_go_directly(a, b).await;
+    frames_go_directly(&a, &b).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_connection_of_their_own_frames_take_a_stream() {
-    let members = started(2).await;
-    let (a, b) = (&members[0], &members[1]);
-    let relay = Relay::to(b).await;
-    dials_at(a, b, relay.at).await;
-    answers(a, b, LIMIT).await;
-    frames_go_directly(a, b).await;
-    let (before, _) = connections(a);
+    let ([a, b], relay) = neighbours().await;
+    frames_go_directly(&a, &b).await;
+    let (before, _) = connections(&a);
     let mut ways = vec![Way::Closed];
     // Elsewhere the system goes on for many minutes.
     if cfg!(any(target_os = "linux", target_os = "android")) {
         ways.push(Way::Still);
     }
     for (way, mark) in ways.into_iter().zip(1..) {
-        let (direct, count) = (direct_connections(a), relay.connections.lock().len());
+        let (direct, count) = (direct_connections(&a), relay.connections.lock().len());
         relay.set(count - 1..count, way);
         // So large that the relay is full soon, so many that they are worth another connection.
         let frame = vec![mark; 50_000];
@@ -466,13 +467,13 @@ async fn without_a_connection_of_their_own_frames_take_a_stream() {
                     a.network.send_frame(b.peer.node, frame.clone());
                 }
                 let arrived = b.recorder.frames.lock().iter().any(|(_, f)| *f == frame);
-                arrived && direct_connections(a) > direct
+                arrived && direct_connections(&a) > direct
             },
         )
         .await;
     }
     assert_eq!(
-        connections(a).0,
+        connections(&a).0,
         before,
         "the swarm's connection has stayed"
     );

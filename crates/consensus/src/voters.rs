@@ -35,7 +35,8 @@ pub const fn voter_count(members: usize) -> usize {
 
 /// The voters `group` should have. Keeps the `current` ones that are alive, then takes what adds
 /// an operator, a country, a grid zone, in this order; ties by rendezvous hash (Thaler and
-/// Ravishankar 1998), so that the groups spread over the members. A voter that is not alive is
+/// Ravishankar 1998), so that the groups spread over the members that there are when they choose:
+/// those that join later take no vote from one that is alive (ADR 0012). A voter that is not alive is
 /// kept only while nobody alive could take its place; a member that is not alive and does not vote
 /// does not count.
 pub fn desired_voters(

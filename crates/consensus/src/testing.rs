@@ -29,6 +29,8 @@ pub(crate) fn members(count: u64, away: &[u64]) -> Vec<MemberInfo> {
         grid_zone: String::new(),
         country: String::new(),
         alive: !away.contains(&replica),
+        steady: true,
+        leaving: false,
         far: false,
     };
     (1..=count).map(member).collect()

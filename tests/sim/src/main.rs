@@ -105,6 +105,7 @@ struct Total {
     pieces: u64,
     rounds: u64,
     members: u64,
+    gone: u64,
     simulated_ms: u64,
     red: Vec<Report>,
 }
@@ -120,6 +121,7 @@ impl Total {
         self.pieces += report.pieces;
         self.rounds += report.rounds;
         self.members += report.members;
+        self.gone += report.gone;
         self.simulated_ms += report.simulated_ms;
         if report.violation.is_some() {
             self.red.push(report);
@@ -186,10 +188,11 @@ fn replay(arguments: &Arguments, scenario: &Scenario, seed: u64) -> String {
 fn say(total: &Total, took: Duration) {
     let simulated = total.simulated_ms as f64 / 1000.0;
     println!(
-        "{} runs of {} rounds and {} members, {} operations answered, {} without an answer, {} faults, groups fell silent {} times, stamps were closed {} times, {} pieces of snapshots; {:.1} h simulated in {:.1} s: {:.0} times real time",
+        "{} runs of {} rounds and {} members, of which {} gave their votes away and left, {} operations answered, {} without an answer, {} faults, groups fell silent {} times, stamps were closed {} times, {} pieces of snapshots; {:.1} h simulated in {:.1} s: {:.0} times real time",
         total.runs,
         total.rounds,
         total.members,
+        total.gone,
         total.answered,
         total.unknown,
         total.faults,

@@ -88,6 +88,8 @@ pub struct Report {
     pub rounds: u64,
     /// Members that there ever were.
     pub members: u64,
+    /// Members that gave all their votes away and then left.
+    pub gone: u64,
     /// Simulated milliseconds.
     pub simulated_ms: u64,
     /// A number made of all that happened: equal runs have equal ones.
@@ -111,7 +113,7 @@ mod tests {
     #[test]
     fn seeds_of_the_smoke_set_are_green_and_repeat() {
         let scenario = Scenario::smoke();
-        let (mut answered, mut slept, mut closed, mut pieces) = (0, 0, 0, 0);
+        let (mut answered, mut slept, mut closed, mut pieces, mut gone) = (0, 0, 0, 0, 0);
         for seed in 0..40 {
             let report = run(seed, &scenario);
             assert_eq!(report.violation, None, "seed {seed}: {report:?}");
@@ -119,6 +121,7 @@ mod tests {
             slept += report.slept;
             closed += report.closed;
             pieces += report.pieces;
+            gone += report.gone;
             if seed % 10 == 0 {
                 assert_eq!(run(seed, &scenario), report, "seed {seed} does not repeat");
             }
@@ -127,6 +130,10 @@ mod tests {
         assert!(slept > 100, "groups fell silent only {slept} times");
         assert!(closed > 4000, "stamps were closed only {closed} times");
         assert!(pieces > 1000, "snapshots had only {pieces} pieces");
+        assert!(
+            gone > 2,
+            "only {gone} members gave their votes away and left"
+        );
     }
 
     /// One key of one group has a history that is longer than what is remembered.

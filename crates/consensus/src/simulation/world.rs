@@ -155,6 +155,7 @@ struct World<'a> {
     /// An operation begun long after the last fault was not answered.
     stuck: Option<String>,
     faults: usize,
+    gone: u64,
     trace: blake3::Hasher,
 }
 
@@ -185,6 +186,7 @@ pub(super) fn run(seed: u64, scenario: &Scenario) -> Report {
         pieces: world.counters.snapshot_pieces_sent.load(Ordering::Relaxed),
         rounds: world.rounds,
         members: world.newest_replica,
+        gone: world.gone,
         simulated_ms: world.now / 1000,
         trace: u64::from_le_bytes(trace),
         violation,
@@ -231,6 +233,7 @@ impl<'a> World<'a> {
             given_up: 0,
             stuck: None,
             faults: 0,
+            gone: 0,
             trace: blake3::Hasher::new(),
             random,
         }
@@ -415,6 +418,7 @@ impl<'a> World<'a> {
             Event::Flood { group, alone } => self.flood_others(group, alone),
             Event::Close => self.close(),
             Event::Census => {
+                self.let_go();
                 self.tell_members();
                 self.checks.forget(self.now);
                 self.schedule(3 * SECOND, Event::Census);

@@ -94,6 +94,8 @@ fn members(own: u64) -> Vec<MemberInfo> {
             grid_zone: String::new(),
             country: String::new(),
             alive: true,
+            steady: true,
+            leaving: false,
             far: replica != own,
         })
         .collect()

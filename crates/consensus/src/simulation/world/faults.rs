@@ -221,6 +221,10 @@ impl World<'_> {
             self.start(id)?;
         } else if kind == 12 && self.can_spare(5) {
             self.leave(victim);
+        } else if self.can_spare(3)
+            && let Some(node) = self.nodes.get_mut(&victim)
+        {
+            node.leaving = true;
         }
         self.tell_members();
         Ok(())
@@ -242,7 +246,34 @@ impl World<'_> {
                 })
         };
         let running = self.nodes.values().filter_map(|node| node.process.as_ref());
-        !self.nodes.values().any(Node::is_spent) && running.filter(grown).count() >= 3
+        let goes = |node: &Node| node.is_spent() || node.leaving;
+        !self.nodes.values().any(goes) && running.filter(grown).count() >= 3
+    }
+
+    /// Who is leaving is let go when no group has it as a voter, as far as everybody knows that runs.
+    pub(super) fn let_go(&mut self) {
+        let leaving = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.member && node.leaving);
+        let ready = |id: &u64| {
+            let members = self.nodes.values().filter(|node| node.member).count();
+            let groups = usize::from(self.scenario.groups);
+            let running = self.nodes.values().filter_map(|node| node.process.as_ref());
+            let mut replicas = running.map(|process| &process.replica.core.groups);
+            let without = replicas
+                .clone()
+                .filter(|groups| groups.values().all(|group| !group.voters().contains(id)));
+            without.count() * 2 > members + 1
+                && replicas.all(|all| {
+                    all.len() == groups && all.values().all(|group| !group.voters().contains(id))
+                })
+        };
+        let ready: Vec<u64> = leaving.map(|(id, _)| *id).filter(|id| ready(id)).collect();
+        for id in ready {
+            self.leave(id);
+            self.gone += 1;
+        }
     }
 
     /// It is a member no more, and goes on for a while before it hears of it.

@@ -30,6 +30,8 @@ const MORE: f64 = 0.2;
 const HELD_FOR: u64 = 500;
 /// A node that is away for longer is replaced as a voter.
 const AWAY: u64 = 10 * SECOND;
+/// One that has been there for longer may take another one's vote.
+const STEADY: u64 = 3 * SECOND;
 /// A segment of the log is small, so that many come and go.
 const SEGMENT: u64 = 3 * 1024;
 /// So much of a snapshot is written at once, so that most take several rounds.
@@ -48,6 +50,9 @@ pub(super) struct Node {
     tick: u64,
     pub(super) paused_until: u64,
     away_since: Option<u64>,
+    started_at: u64,
+    /// It is to give its votes away, and then to leave.
+    pub(super) leaving: bool,
     /// A bit on its disk was flipped.
     pub(super) flipped: bool,
     /// Its files are damaged: it does not come back.
@@ -75,6 +80,8 @@ impl Node {
             tick: TICK * random.random_range(990..1010) / 1000,
             paused_until: 0,
             away_since: None,
+            started_at: 0,
+            leaving: false,
             flipped: false,
             lost: false,
             left: false,
@@ -146,6 +153,8 @@ impl World<'_> {
                 grid_zone: format!("zone-{}", replica % 3),
                 country: format!("country-{}", replica % 3),
                 alive: !away(node),
+                steady: node.process.is_some() && node.started_at + STEADY < self.now,
+                leaving: node.leaving,
                 far: replica.is_multiple_of(2),
             })
             .collect()
@@ -199,6 +208,7 @@ impl World<'_> {
                     telling: false,
                 });
                 node.away_since = None;
+                node.started_at = self.now;
                 node.paused_until = 0;
                 self.checks.restarted(replica);
                 let tick = self.random.random_range(1..TICK);

@@ -47,6 +47,13 @@ impl World<'_> {
                 ));
             }
         }
+        let stays = |(_, node): &(&u64, &Node)| node.member && node.leaving && !node.lost;
+        if let Some((id, _)) = self.nodes.iter().find(stays) {
+            return Err(format!(
+                "replica {id} wants to leave and still votes, long after the last fault\n{}",
+                self.groups_now()
+            ));
+        }
         let replicas = self.replicas()?;
         let late = self
             .history

@@ -1,26 +1,35 @@
 //! What the API checks before it writes, beyond schemas.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use krake_kube_api::{Admission, ApiError, Cause, Kind};
+use krake_kube_api::{Admission, ApiError, Cause, Hold, Kind};
 use krake_model::{ApplicationSpec, MetricDefinition};
 use krake_placement::spec::{Defaults, validate};
 use serde_json::{Value, json};
 
 use crate::config::check::is_dns_label;
-use crate::kinds::FINALIZER;
+use crate::kinds::{FINALIZER, FORCED, MEMBER_FINALIZER};
 
 /// An application has at most this many bytes (DESIGN 13.2).
 const APPLICATION_BYTES_MAX: usize = 512 * 1024;
 
 /// The checks of one federation.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct KrakeAdmission {
     /// Its metrics.
     pub definitions: BTreeMap<String, MetricDefinition>,
     /// This node's defaults.
     pub defaults: Defaults,
+    /// The names of the sites that are not to leave.
+    pub staying: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
+}
+
+impl std::fmt::Debug for KrakeAdmission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KrakeAdmission").finish_non_exhaustive()
+    }
 }
 
 impl KrakeAdmission {
@@ -87,7 +96,7 @@ impl KrakeAdmission {
 }
 
 /// Only what an operator decides may change in a site.
-fn site(object: &Value, old: Option<&Value>) -> Result<(), ApiError> {
+fn site(object: &mut Value, old: Option<&Value>) -> Result<(), ApiError> {
     let Some(old) = old else {
         return Err(ApiError::method_not_allowed(
             "sites are made by joining: krakectl token create, then krake-node join",
@@ -100,13 +109,29 @@ fn site(object: &Value, old: Option<&Value>) -> Result<(), ApiError> {
         }
         spec
     };
-    if strip(object) == strip(old) {
-        Ok(())
-    } else {
-        Err(ApiError::forbidden(
+    if strip(object) != strip(old) {
+        return Err(ApiError::forbidden(
             "only spec.cordoned of a site can be changed here; the rest comes from its node's configuration",
-        ))
+        ));
     }
+    let holds = |object: &Value| {
+        let finalizers = object.pointer("/metadata/finalizers");
+        let mut finalizers = finalizers.and_then(Value::as_array).into_iter().flatten();
+        finalizers.any(|name| name == MEMBER_FINALIZER)
+    };
+    if !holds(old) || holds(object) {
+        return Ok(());
+    }
+    if old.pointer("/metadata/deletionTimestamp").is_some() {
+        return Err(ApiError::forbidden(format!(
+            "the finalizer {MEMBER_FINALIZER} is removed by the federation when its node is no member any more"
+        )));
+    }
+    let list = object["metadata"]["finalizers"].as_array().cloned();
+    let mut list = list.unwrap_or_default();
+    list.push(MEMBER_FINALIZER.into());
+    object["metadata"]["finalizers"] = list.into();
+    Ok(())
 }
 
 #[async_trait]
@@ -142,12 +167,36 @@ impl Admission for KrakeAdmission {
         }
     }
 
-    async fn admit_delete(&self, kind: &Kind, _object: &Value) -> Result<(), ApiError> {
-        if kind.plural == "sites" {
-            return Err(ApiError::method_not_allowed(
-                "a site leaves with its node; removing members is not possible yet",
+    async fn admit_delete(&self, kind: &Kind, object: &Value) -> Result<(), ApiError> {
+        if kind.plural != "sites" {
+            return Ok(());
+        }
+        let name = object.pointer("/metadata/name").and_then(Value::as_str);
+        if (self.staying)()
+            .iter()
+            .all(|other| Some(other.as_str()) == name)
+        {
+            return Err(ApiError::forbidden(
+                "the last site cannot leave: the federation would be lost with it. Stop its node and remove its data directory, or let another site join first",
+            ));
+        }
+        let finalizers = object.pointer("/metadata/finalizers");
+        let mut finalizers = finalizers.and_then(Value::as_array).into_iter().flatten();
+        if !finalizers.any(|name| name == MEMBER_FINALIZER) {
+            return Err(ApiError::conflict(
+                "the site joined with a version that cannot leave; start its node with this version once",
             ));
         }
         Ok(())
+    }
+
+    fn hold(&self, kind: &Kind, _object: &Value, options: &Value) -> Result<Hold, ApiError> {
+        let forced = options.get("gracePeriodSeconds").and_then(Value::as_i64) == Some(0);
+        let mut hold = Hold::default();
+        if kind.plural == "sites" && forced {
+            hold.annotations
+                .push((FORCED.to_owned(), "true".to_owned()));
+        }
+        Ok(hold)
     }
 }

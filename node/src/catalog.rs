@@ -1,13 +1,14 @@
 //! The catalog as the node uses it: which group holds what, and reading records.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use krake_consensus::{Entry, Host};
-use krake_model::{AppKey, Epoch, Genesis, GroupId, Member};
+use krake_model::{AppKey, Epoch, Genesis, GroupId, Member, NodeId};
 use serde::de::DeserializeOwned;
 use tracing::error;
 
-use crate::records;
+use crate::records::{self, Departure};
 
 /// How long a request waits for a group's leader.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -71,6 +72,17 @@ impl Catalog {
         self.read_all(GroupId::META, records::MEMBERS)
             .into_iter()
             .map(|(_, member, _)| member)
+            .collect()
+    }
+
+    /// Who left, as this node's replica of the meta group has it.
+    pub fn departures(&self) -> BTreeMap<NodeId, Departure> {
+        self.read_all::<Departure>(GroupId::META, records::DEPARTED)
+            .into_iter()
+            .filter_map(|(key, departure, _)| {
+                let node = key.strip_prefix(records::DEPARTED)?.parse().ok()?;
+                Some((node, departure))
+            })
             .collect()
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Files: `LOCK` (held while a process uses it), `VERSION` (format), `node.key` (Ed25519 seed,
 //! mode 0600), `membership` (genesis, own replica id, members last known), `boot` (counter),
-//! `admin.token` (founder only, mode 0600). The catalog and the site's ledger live beside them.
+//! `admin.token` (founder only, mode 0600), `left` (when the node left its federation). The catalog and
+//! the site's ledger live beside them.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -11,13 +12,15 @@ use std::path::{Path, PathBuf};
 
 use ed25519_dalek::{Signer, SigningKey};
 use krake_model::codec::{self, CodecError};
-use krake_model::{FederationId, Genesis, Member, NodeId};
+use krake_model::{FederationId, Genesis, Member, NodeId, Timestamp};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
 const FORMAT: &str = "1";
+/// What makes a node a member: of no use any more when it left.
+const MEMBERS_FILES: [&str; 3] = ["membership", "node.key", "catalog"];
 const MEMBERSHIP_VERSION: u8 = 1;
 const MEMBERSHIP_BYTES_MAX: usize = 4 * 1024 * 1024;
 
@@ -85,6 +88,14 @@ pub enum DataDirError {
     NotMember {
         /// The directory.
         path: PathBuf,
+    },
+    /// The node left the federation it belonged to.
+    #[error("the node of the data directory {} left its federation at {left_at}; join one with `krake-node join TOKEN` (a token comes from `krakectl token create` on a member)", path.display())]
+    Left {
+        /// The directory.
+        path: PathBuf,
+        /// When.
+        left_at: Timestamp,
     },
     /// A file is damaged.
     #[error("{} is damaged; restore it from a backup or remove the data directory and join again", path.display())]
@@ -164,7 +175,62 @@ impl DataDir {
             _lock: lock,
         };
         directory.check_format()?;
+        if let Some(left_at) = directory.left_at()? {
+            directory.move_aside(left_at)?;
+        }
         Ok(directory)
+    }
+
+    /// When the node left its federation, if that was the last thing it did.
+    fn left_at(&self) -> Result<Option<Timestamp>, DataDirError> {
+        let Some(bytes) = self.read("left")? else {
+            return Ok(None);
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        let millis = text.trim().parse().map_err(|_| DataDirError::Damaged {
+            path: self.path.join("left"),
+            source: None,
+        })?;
+        Ok(Some(Timestamp::from_millis(millis)))
+    }
+
+    /// Notes that the node left its federation, and puts its key, its membership and its catalog into
+    /// a directory of their own, which is returned: it never starts as that member again. What it
+    /// knows of its site's copies stays.
+    ///
+    /// # Errors
+    /// When a file cannot be written or moved; the next [`DataDir::open`] goes on.
+    pub fn put_membership_aside(&self, left_at: Timestamp) -> Result<PathBuf, DataDirError> {
+        self.write("left", left_at.as_millis().to_string().as_bytes())?;
+        self.move_aside(left_at)
+    }
+
+    fn move_aside(&self, left_at: Timestamp) -> Result<PathBuf, DataDirError> {
+        let aside = self.path.join(format!("left-{}", left_at.as_millis()));
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&aside)
+            .map_err(io("create", &aside))?;
+        for name in MEMBERS_FILES {
+            let from = self.path.join(name);
+            if from.exists() {
+                self.rename(&from, &aside.join(name))?;
+            }
+        }
+        Ok(aside)
+    }
+
+    /// The directory is to serve for another membership.
+    ///
+    /// # Errors
+    /// When the note of the last one cannot be removed.
+    pub fn forget_departure(&self) -> Result<(), DataDirError> {
+        let path = self.path.join("left");
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(io("remove", &path)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// As [`DataDir::open`], where it must exist: a mistyped path is not made.
@@ -289,8 +355,13 @@ impl DataDir {
     /// # Errors
     /// [`DataDirError::NotMember`] when there is none.
     pub fn require_membership(&self) -> Result<(Membership, Genesis), DataDirError> {
-        self.membership()?.ok_or_else(|| DataDirError::NotMember {
-            path: self.path.clone(),
+        if let Some(membership) = self.membership()? {
+            return Ok(membership);
+        }
+        let path = self.path.clone();
+        Err(match self.left_at()? {
+            Some(left_at) => DataDirError::Left { path, left_at },
+            None => DataDirError::NotMember { path },
         })
     }
 
@@ -431,6 +502,37 @@ mod tests {
         let again = DataDir::open(&path).unwrap();
         assert_eq!(again.identity(|| [8; 32]).unwrap().node(), id);
         assert_eq!(again.next_boot().unwrap(), 3);
+    }
+
+    #[test]
+    fn who_left_is_no_member_any_more_even_if_it_stopped_while_it_put_its_files_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path()).unwrap();
+        let old = data.identity(|| [7; 32]).unwrap().node();
+        std::fs::create_dir(dir.path().join("catalog")).unwrap();
+        std::fs::write(dir.path().join("site.redb"), b"copies").unwrap();
+        let aside = data
+            .put_membership_aside(Timestamp::from_millis(1_700_000_000_000))
+            .unwrap();
+        // One that did not get its last file away.
+        std::fs::rename(aside.join("node.key"), dir.path().join("node.key")).unwrap();
+        drop(data);
+        let data = DataDir::open_existing(dir.path()).unwrap();
+        let error = data.require_membership().unwrap_err();
+        assert!(matches!(error, DataDirError::Left { .. }), "{error}");
+        assert!(error.to_string().contains("krake-node join"), "{error}");
+        assert!(aside.join("node.key").exists() && aside.join("catalog").exists());
+        assert!(dir.path().join("site.redb").exists());
+        data.require_fresh().unwrap();
+        data.forget_departure().unwrap();
+        assert_ne!(data.identity(|| [8; 32]).unwrap().node(), old);
+        drop(data);
+        let data = DataDir::open(dir.path()).unwrap();
+        assert_ne!(data.identity(|| [9; 32]).unwrap().node(), old);
+        assert!(matches!(
+            data.require_membership(),
+            Err(DataDirError::NotMember { .. })
+        ));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::catalog::Catalog;
 use crate::owner::plan::{Sight, World};
+use crate::records;
 use crate::store::Overlay;
 
 /// Wall time.
@@ -36,8 +37,8 @@ pub struct Federation {
     pub site: Arc<str>,
     /// Silence after which displays call a site lost.
     pub lost_after: Duration,
-    /// The committed sites as of a revision of the meta group: every decision needs them.
-    pub sites: Arc<Mutex<(Revision, Arc<Vec<CommittedSite>>)>>,
+    /// What is committed of the sites, as of a revision of the meta group: every decision needs it.
+    pub sites: Arc<Mutex<(Revision, Arc<Committed>)>>,
 }
 
 impl std::fmt::Debug for Federation {
@@ -52,6 +53,7 @@ impl std::fmt::Debug for Federation {
 #[derive(Debug, Clone)]
 pub struct Moment {
     sites: Vec<SiteState>,
+    committed: Arc<Committed>,
     opinions: Opinions,
     definitions: BTreeMap<String, MetricDefinition>,
     decided_by: String,
@@ -85,6 +87,10 @@ impl World for Moment {
         sight(&self.opinions, node, detect_after)
     }
 
+    fn has_left(&self, node: &NodeId) -> bool {
+        self.committed.departed.contains(node)
+    }
+
     fn isolated(&self) -> bool {
         self.opinions.is_isolated()
     }
@@ -102,6 +108,13 @@ impl World for Moment {
     }
 }
 
+/// The sites that there are, and who left.
+#[derive(Debug, Default)]
+pub struct Committed {
+    sites: Vec<CommittedSite>,
+    departed: BTreeSet<NodeId>,
+}
+
 /// The parts of a committed site that decisions use.
 #[derive(Debug)]
 pub struct CommittedSite {
@@ -109,12 +122,13 @@ pub struct CommittedSite {
     node: NodeId,
     labels: BTreeMap<String, String>,
     cordoned: bool,
+    leaving: bool,
     /// API kinds that each backend serves. Shared: every decision looks at them.
     kinds: BTreeMap<String, Arc<BTreeSet<String>>>,
 }
 
 impl Federation {
-    fn committed_sites(&self) -> Arc<Vec<CommittedSite>> {
+    fn committed(&self) -> Arc<Committed> {
         let revision = self.catalog.host.revision(GroupId::META);
         let mut known = self.sites.lock();
         if known.0 != revision {
@@ -125,14 +139,29 @@ impl Federation {
                 .into_iter()
                 .filter_map(|(_, object, _)| committed_site(&object))
                 .collect();
-            *known = (revision, Arc::new(sites));
+            let departed = self.catalog.departures().into_keys().collect();
+            *known = (revision, Arc::new(Committed { sites, departed }));
         }
         Arc::clone(&known.1)
     }
 
+    /// The nodes whose sites are to leave the federation.
+    pub fn leaving(&self) -> BTreeSet<NodeId> {
+        let committed = self.committed();
+        let leaving = committed.sites.iter().filter(|site| site.leaving);
+        leaving.map(|site| site.node).collect()
+    }
+
+    /// The names of the sites that are not to leave.
+    pub fn staying(&self) -> Vec<String> {
+        let committed = self.committed();
+        let staying = committed.sites.iter().filter(|site| !site.leaving);
+        staying.map(|site| site.name.clone()).collect()
+    }
+
     /// What is seen now.
     pub fn moment(&self) -> Moment {
-        let committed = self.committed_sites();
+        let committed = self.committed();
         let at = Instant::now();
         let sites = {
             // Borrowed for this only: borrowing it again, as `opinions` does, would wait for a
@@ -140,12 +169,14 @@ impl Federation {
             let view = self.network.view();
             let view = view.borrow();
             committed
+                .sites
                 .iter()
                 .flat_map(|site| site_states(site, &view, at))
                 .collect()
         };
         Moment {
             sites,
+            committed,
             opinions: self.network.opinions(),
             definitions: self.genesis.metrics.clone(),
             decided_by: self.site.to_string(),
@@ -165,6 +196,16 @@ impl Federation {
         let view = self.network.view();
         let seen = view.borrow().get(&node).cloned();
         let mut status = json!({"state": self.state_of(&node)});
+        if object.pointer("/metadata/deletionTimestamp").is_some() {
+            let key = records::leaving_key(&node);
+            let waits = self.catalog.read::<String>(GroupId::META, &key);
+            status["leaving"] = waits
+                .map_or_else(|| "it has just begun to leave".to_owned(), |(text, _)| text)
+                .into();
+            if status["state"] == "Alive" {
+                status["state"] = "Leaving".into();
+            }
+        }
         if let Some(seen) = seen {
             let served = |name: &str| {
                 let kinds = object["spec"]["backends"][name]["kinds"].as_array();
@@ -254,6 +295,7 @@ fn committed_site(object: &Value) -> Option<CommittedSite> {
         node: text("/spec/node")?.parse().ok()?,
         labels,
         cordoned: object.pointer("/spec/cordoned").and_then(Value::as_bool) == Some(true),
+        leaving: object.pointer("/metadata/deletionTimestamp").is_some(),
     })
 }
 
@@ -279,6 +321,7 @@ fn site_states(site: &CommittedSite, view: &View, at: Instant) -> Vec<SiteState>
         kinds: Arc::default(),
         unhealthy: None,
         cordoned: site.cordoned,
+        leaving: site.leaving,
         lost: false,
         report_age: None,
         refusals: Vec::new(),

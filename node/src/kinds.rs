@@ -9,6 +9,10 @@ pub const GROUP: &str = "krake.dev";
 pub const VERSION: &str = "v1";
 /// The finalizer that keeps an application until no site holds a copy.
 pub const FINALIZER: &str = "krake.dev/copies";
+/// Holds a site that is being deleted until its node is no member any more.
+pub const MEMBER_FINALIZER: &str = "krake.dev/member";
+/// Annotation of a site that is to leave without waiting for what runs there.
+pub const FORCED: &str = "krake.dev/forced";
 
 fn kind(name: &str, plural: &str, short: &[&str], namespaced: bool) -> Kind {
     Kind {
@@ -143,7 +147,7 @@ pub fn all() -> Vec<Kind> {
             }),
         )),
         columns: vec![
-            Column::new("State", ".status.state", "Alive, Suspect or Lost."),
+            Column::new("State", ".status.state", "Alive, Leaving, Suspect or Lost."),
             Column::new(
                 "Cordoned",
                 ".spec.cordoned",
@@ -164,6 +168,7 @@ pub fn all() -> Vec<Kind> {
             Column::new("Operator", ".spec.operator", "Who runs it.").wide(),
             Column::new("Place", ".spec.location.place", "City.").wide(),
             Column::new("Node", ".spec.node", "Its node's id.").wide(),
+            Column::new("Leaving", ".status.leaving", "What still keeps it.").wide(),
         ],
         ..kind("Site", "sites", &[], false)
     };

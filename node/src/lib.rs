@@ -11,6 +11,7 @@ pub mod consensus;
 pub mod datadir;
 pub mod federation;
 pub mod kinds;
+pub mod leave;
 pub mod limits;
 pub mod membership;
 mod merge;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use krake_node::config::sources::KEYS;
 use krake_node::config::{Config, ConfigError, LogFormat};
+use krake_node::leave::{Left, leave};
 
 /// Many short-lived JSON documents on several threads: with the system's allocator a busy node was
 /// seen to spend a good part of its time giving memory back and taking it again.
@@ -44,6 +45,22 @@ enum Command {
     Join {
         /// The token, or @FILE to read it from a file.
         token: String,
+        /// --KEY VALUE for any configuration key.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        flags: Vec<String>,
+    },
+    /// Take this site out of its federation, and stop its node.
+    ///
+    /// The node has to run. Its applications move to other sites, then its votes; it is told what is
+    /// still there. It goes on by itself when this command is interrupted or the node restarts.
+    Leave {
+        /// Do not wait for the applications: those that have no other site go on here without the
+        /// federation, and run elsewhere as soon as there is room.
+        #[arg(long)]
+        force: bool,
+        /// Do not wait until the site has left.
+        #[arg(long)]
+        no_wait: bool,
         /// --KEY VALUE for any configuration key.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         flags: Vec<String>,
@@ -190,6 +207,23 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
                 config.site.name
             ));
             say(format_args!("next: krake-node run"));
+        }
+        Command::Leave {
+            force,
+            no_wait,
+            flags,
+        } => {
+            let config = load(arguments.config, &flags)?;
+            let told = |text: &str| say(format_args!("{text}"));
+            match runtime.block_on(leave(&config, force, !no_wait, told))? {
+                Left::Gone(at) => {
+                    say(format_args!("site {} left at {at}", config.site.name));
+                }
+                Left::Begun => say(format_args!(
+                    "site {0} is leaving; krakectl describe site {0} tells what is still there",
+                    config.site.name
+                )),
+            }
         }
         Command::Backup { file, flags } => {
             let config = load(arguments.config, &flags)?;

@@ -1,13 +1,14 @@
 //! Who is a member: what a member has, and following who they are.
 
+pub mod departure;
 pub mod door;
 pub mod entry;
 pub mod publish;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use async_trait::async_trait;
@@ -17,15 +18,22 @@ use krake_model::codec::CodecError;
 use krake_model::{Genesis, GroupId, Member, NodeId};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
 use crate::datadir::{DataDir, Membership};
 use crate::federation::Federation;
-use crate::records;
+use crate::kinds::MEMBER_FINALIZER;
+use crate::records::{self, Departure};
 use crate::rpc::{Reply, Request};
 
 /// A member that is silent for longer than this may be replaced as a voter.
 const VOTER_SILENCE: Duration = Duration::from_secs(60);
+/// A member that was silent for longer was not there without a break,
+const BREAK: Duration = Duration::from_secs(10);
+/// and one that was there for this long may vote in the place of another one that is there.
+const STEADY: Duration = Duration::from_secs(60);
 /// A member with a longer round trip is far: leaders go to where they are asked, rather than spread.
 const FAR: Duration = Duration::from_millis(20);
 /// How often it is looked whose silence has come to that.
@@ -100,8 +108,10 @@ pub(crate) fn objects(member: &Member) -> (Value, Value) {
             "labels": labels,
         })
     };
+    let mut about_site = metadata(&member.site.labels);
+    about_site["finalizers"] = json!([MEMBER_FINALIZER]);
     let site = json!({
-        "apiVersion": "krake.dev/v1", "kind": "Site", "metadata": metadata(&member.site.labels),
+        "apiVersion": "krake.dev/v1", "kind": "Site", "metadata": about_site,
         "spec": {
             "operator": member.site.operator,
             "node": member.node,
@@ -139,7 +149,7 @@ fn peers(members: &[Member]) -> Vec<Peer> {
     members.iter().map(peer).collect()
 }
 
-/// A member as the choice of voters and leaders sees it; near, unless it is known to be far.
+/// A member as the choice of voters and leaders sees it; steady and near, unless it is known not to be.
 pub fn info_of(member: &Member, alive: bool) -> MemberInfo {
     MemberInfo {
         replica: member.replica,
@@ -148,143 +158,244 @@ pub fn info_of(member: &Member, alive: bool) -> MemberInfo {
         grid_zone: member.site.location.grid_zone.clone(),
         country: member.site.location.country.clone(),
         alive,
+        steady: alive,
+        leaving: false,
         far: false,
     }
 }
 
-/// Tells network and catalog who the members are.
-pub async fn apply_members(federation: &Federation, members: &[Member]) {
-    federation.network.set_members(peers(members)).await;
-    apply_voters(federation, members).await;
-}
+/// Since when each member has been heard of without a break.
+#[derive(Debug, Default)]
+struct Presence(BTreeMap<NodeId, Instant>);
 
-async fn apply_voters(federation: &Federation, members: &[Member]) {
-    let opinions = federation.network.opinions();
-    let rtts = federation.network.rtts();
-    let infos = members
-        .iter()
-        .filter(|member| member.replica != NO_REPLICA)
-        .map(|member| {
-            let silence = opinions.silence.get(&member.node);
-            let alive = member.node == federation.own
-                || silence.is_none_or(|silence| *silence < VOTER_SILENCE);
-            MemberInfo {
-                far: rtts.get(&member.node).is_some_and(|rtt| *rtt > FAR),
-                ..info_of(member, alive)
-            }
-        })
-        .collect();
-    federation.catalog.host.set_members(infos).await;
-}
-
-/// Follows the members until the program ends; they are kept in the data directory for the next
-/// start.
-pub async fn follow(federation: Federation, data: Arc<DataDir>, mut membership: Membership) {
-    let mut batches = federation.catalog.host.watch(&["sites/", records::MEMBERS]);
-    let mut care = tokio::time::interval(VOTERS_INTERVAL);
-    let mut catch_up = tokio::time::interval(CATCH_UP_INTERVAL);
-    catch_up.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut turn = 0;
-    let mut cordoned = false;
-    follow_cordon(&federation, &mut cordoned).await;
-    loop {
-        let members = tokio::select! {
-            round = batches.recv() => {
-                let round = match round {
-                    Ok(round) => Some(round),
-                    Err(RecvError::Lagged(_)) => None,
-                    Err(RecvError::Closed) => return,
-                };
-                let touched = |prefix| {
-                    let touches = |batch: &Batch| {
-                        batch.group == GroupId::META && batch.touches(prefix)
-                    };
-                    round.as_ref().is_none_or(|round| round.iter().any(touches))
-                };
-                if touched("sites/") {
-                    follow_cordon(&federation, &mut cordoned).await;
-                }
-                if !touched(records::MEMBERS) {
-                    continue;
-                }
-                federation.catalog.members()
-            }
-            _ = care.tick() => {
-                apply_voters(&federation, &membership.members).await;
-                continue;
-            }
-            _ = catch_up.tick() => {
-                if has_meta(&federation, &membership) {
-                    continue;
-                }
-                turn += 1;
-                ask_members(&federation, &membership.members, turn).await
-            }
-        };
-        // A replica that just begins may know fewer members than we were told when we joined.
-        if members.len() < membership.members.len() || members == membership.members {
-            continue;
+impl Presence {
+    /// Who is there now.
+    fn note(&mut self, there: &BTreeSet<NodeId>, now: Instant) {
+        self.0.retain(|node, _| there.contains(node));
+        for node in there {
+            self.0.entry(*node).or_insert(now);
         }
-        apply_members(&federation, &members).await;
-        membership.members = members;
-        if let Err(error) = data.store_membership(&membership) {
+    }
+
+    fn is_steady(&self, node: &NodeId, now: Instant) -> bool {
+        let since = self.0.get(node);
+        since.is_some_and(|since| now.saturating_duration_since(*since) >= STEADY)
+    }
+}
+
+/// The members by what is known here and what the catalog tells: a replica that just begins may lack
+/// some that we were told of, but who left is a member no more, whoever else may say so.
+fn merged(known: &[Member], told: Vec<Member>, left: &BTreeMap<NodeId, Departure>) -> Vec<Member> {
+    let mut members = told;
+    let untold = |member: &&Member| members.iter().all(|told| told.node != member.node);
+    let untold: Vec<Member> = known.iter().filter(untold).cloned().collect();
+    members.extend(untold);
+    members.retain(|member| !left.contains_key(&member.node));
+    members.sort_by_key(|member| member.node);
+    members
+}
+
+/// Follows who the members are, and tells network and catalog.
+#[derive(Debug)]
+pub struct Follower {
+    federation: Federation,
+    data: Arc<DataDir>,
+    membership: Membership,
+    presence: Presence,
+    reluctant: bool,
+    turn: usize,
+    left: watch::Sender<Option<Departure>>,
+}
+
+impl Follower {
+    /// A follower that tells the members that were known when the node stopped.
+    pub async fn start(federation: Federation, data: Arc<DataDir>, membership: Membership) -> Self {
+        let mut follower = Self {
+            federation,
+            data,
+            membership,
+            presence: Presence::default(),
+            reluctant: false,
+            turn: 0,
+            left: watch::Sender::default(),
+        };
+        follower.tell_network().await;
+        follower.tell_voters().await;
+        follower
+    }
+
+    /// Says so when this node is a member no more.
+    pub fn left(&self) -> watch::Receiver<Option<Departure>> {
+        self.left.subscribe()
+    }
+
+    async fn tell_network(&self) {
+        let peers = peers(&self.membership.members);
+        self.federation.network.set_members(peers).await;
+    }
+
+    async fn tell_voters(&mut self) {
+        let federation = &self.federation;
+        let opinions = federation.network.opinions();
+        let rtts = federation.network.rtts();
+        let leaving = federation.leaving();
+        let now = Instant::now();
+        let silent_for = |node: &NodeId| match node == &federation.own {
+            true => Duration::ZERO,
+            false => opinions.silence.get(node).copied().unwrap_or_default(),
+        };
+        let members = &self.membership.members;
+        let nodes = members.iter().map(|member| member.node);
+        let there = nodes.filter(|node| silent_for(node) < BREAK).collect();
+        self.presence.note(&there, now);
+        let infos = members
+            .iter()
+            .filter(|member| member.replica != NO_REPLICA)
+            .map(|member| MemberInfo {
+                steady: self.presence.is_steady(&member.node, now),
+                leaving: leaving.contains(&member.node),
+                far: rtts.get(&member.node).is_some_and(|rtt| *rtt > FAR),
+                ..info_of(member, silent_for(&member.node) < VOTER_SILENCE)
+            })
+            .collect();
+        federation.catalog.host.set_members(infos).await;
+    }
+
+    /// Follows until this node has left or the program ends; the members are kept in the data
+    /// directory for the next start.
+    pub async fn run(mut self) {
+        let host = self.federation.catalog.host.clone();
+        let mut batches = host.watch(&["sites/", records::MEMBERS, records::DEPARTED]);
+        let mut care = tokio::time::interval(VOTERS_INTERVAL);
+        let mut catch_up = tokio::time::interval(CATCH_UP_INTERVAL);
+        catch_up.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.follow_site().await;
+        self.take(self.federation.catalog.members()).await;
+        while self.left.borrow().is_none() {
+            tokio::select! {
+                round = batches.recv() => {
+                    let round = match round {
+                        Ok(round) => Some(round),
+                        Err(RecvError::Lagged(_)) => None,
+                        Err(RecvError::Closed) => return,
+                    };
+                    let touched = |prefix| {
+                        let touches = |batch: &Batch| {
+                            batch.group == GroupId::META && batch.touches(prefix)
+                        };
+                        round.as_ref().is_none_or(|round| round.iter().any(touches))
+                    };
+                    if touched("sites/") {
+                        self.follow_site().await;
+                        self.tell_voters().await;
+                    }
+                    if touched(records::MEMBERS) || touched(records::DEPARTED) {
+                        self.take(self.federation.catalog.members()).await;
+                    }
+                }
+                _ = care.tick() => self.tell_voters().await,
+                _ = catch_up.tick() => self.catch_up().await,
+            }
+        }
+    }
+
+    async fn take(&mut self, told: Vec<Member>) {
+        let departures = self.federation.catalog.departures();
+        if let Some(departure) = departures.get(&self.federation.own) {
+            self.left.send_replace(Some(departure.clone()));
+            return;
+        }
+        let members = merged(&self.membership.members, told, &departures);
+        if members == self.membership.members {
+            return;
+        }
+        self.membership.members = members;
+        self.tell_network().await;
+        self.tell_voters().await;
+        if let Err(error) = self.data.store_membership(&self.membership) {
             warn!(%error, "the members could not be noted");
         }
     }
-}
 
-/// A cordoned site is about to be worked on: its node gives away what it leads.
-async fn follow_cordon(federation: &Federation, cordoned: &mut bool) {
-    let key = format!("sites/{}", federation.site);
-    let Some((site, _)) = federation.catalog.read::<Value>(GroupId::META, &key) else {
-        return;
-    };
-    let now = site["spec"]["cordoned"] == true;
-    if now != *cordoned {
-        *cordoned = now;
-        info!(
-            cordoned,
-            "this site's cordon changed: a cordoned one leads nothing that another one can lead"
-        );
-        federation.catalog.host.set_reluctant(now).await;
-    }
-}
-
-/// Whether the members come from the catalog: its replica here has a leader and knows all that we
-/// were told of.
-fn has_meta(federation: &Federation, membership: &Membership) -> bool {
-    let status = federation.catalog.host.status();
-    let led = status
-        .borrow()
-        .get(&GroupId::META)
-        .is_some_and(|group| group.leader.is_some());
-    led && federation.catalog.members().len() >= membership.members.len()
-}
-
-/// The members we know and those that another one knows. A node that was away, or joined just
-/// before others did, may know nobody of those who keep the catalog now; then they do not reach it
-/// either, for it lets members only speak.
-async fn ask_members(federation: &Federation, known: &[Member], turn: usize) -> Vec<Member> {
-    let mut members = known.to_vec();
-    let connected: Vec<NodeId> = federation
-        .network
-        .connected()
-        .borrow()
-        .iter()
-        .copied()
-        .collect();
-    let Some(asked) = connected.get(turn % connected.len().max(1)) else {
-        return members;
-    };
-    match crate::net::ask(&federation.network, *asked, &Request::Members).await {
-        Ok(Reply::Members(told)) => {
-            let news = told
-                .into_iter()
-                .filter(|member| known.iter().all(|known| known.node != member.node));
-            members.extend(news);
+    /// A site that is cordoned or leaves is about to be worked on: its node gives away what it leads.
+    async fn follow_site(&mut self) {
+        let key = format!("sites/{}", self.federation.site);
+        let site = self.federation.catalog.read::<Value>(GroupId::META, &key);
+        let Some((site, _)) = site else { return };
+        let leaves = site.pointer("/metadata/deletionTimestamp").is_some();
+        let cordoned = site["spec"]["cordoned"] == true;
+        let reluctant = cordoned || leaves;
+        if reluctant != self.reluctant {
+            self.reluctant = reluctant;
+            info!(
+                cordoned,
+                leaves, "a site that is cordoned or leaves leads nothing that another one can lead"
+            );
+            self.federation.catalog.host.set_reluctant(reluctant).await;
         }
-        Ok(_) => {}
-        Err(error) => debug!(%asked, error, "the members could not be asked for"),
     }
-    members
+
+    /// Asks another member for the members while the catalog here does not tell them, and whether this
+    /// node is one while no majority of them speaks with it.
+    async fn catch_up(&mut self) {
+        self.turn += 1;
+        if self.federation.network.opinions().is_isolated() {
+            let others: Vec<&Member> = self.others().collect();
+            let Some(asked) = others.get(self.turn % others.len().max(1)) else {
+                return;
+            };
+            let network = &self.federation.network;
+            if let Some(departure) = departure::ask_standing(network, asked).await {
+                self.left.send_replace(Some(departure));
+                return;
+            }
+        }
+        if !self.has_meta() {
+            let told = self.ask_members().await;
+            self.take(told).await;
+        }
+    }
+
+    fn others(&self) -> impl Iterator<Item = &Member> {
+        let own = self.federation.own;
+        let members = self.membership.members.iter();
+        members.filter(move |member| member.node != own)
+    }
+
+    /// Whether the members come from the catalog: its replica here has a leader and knows all that we
+    /// were told of.
+    fn has_meta(&self) -> bool {
+        let catalog = &self.federation.catalog;
+        let status = catalog.host.status();
+        let led = status
+            .borrow()
+            .get(&GroupId::META)
+            .is_some_and(|group| group.leader.is_some());
+        let members = catalog.members();
+        let known = |member: &Member| members.iter().any(|told| told.node == member.node);
+        led && self.membership.members.iter().all(known)
+    }
+
+    /// Members that another one knows, and this one does not. A node that was away, or joined just before others did, may
+    /// know nobody of those who keep the catalog now; then they do not reach it either, for it lets
+    /// members only speak.
+    async fn ask_members(&self) -> Vec<Member> {
+        let network = &self.federation.network;
+        let connected: Vec<NodeId> = network.connected().borrow().iter().copied().collect();
+        let Some(asked) = connected.get(self.turn % connected.len().max(1)) else {
+            return Vec::new();
+        };
+        match crate::net::ask(network, *asked, &Request::Members).await {
+            Ok(Reply::Members(mut told)) => {
+                let known = &self.membership.members;
+                told.retain(|told| known.iter().all(|known| known.node != told.node));
+                told
+            }
+            Ok(_) => Vec::new(),
+            Err(error) => {
+                debug!(%asked, error, "the members could not be asked for");
+                Vec::new()
+            }
+        }
+    }
 }

@@ -10,7 +10,7 @@ use krake_model::{Member, NodeId};
 use tokio::sync::mpsc;
 
 use crate::records::{self, CopyReport};
-use crate::rpc::{self, JoinReply, Reply, Request};
+use crate::rpc::{self, JoinReply, Knock, Reply, Request};
 use crate::site::agent::Agent;
 
 /// First byte of a question: for the consensus,
@@ -74,6 +74,8 @@ pub async fn ask(network: &Network, to: NodeId, request: &Request) -> Result<Rep
 pub trait Admit: Send + Sync + 'static {
     /// Admits the node that asks, or says why not.
     async fn admit(&self, from: NodeId, request: rpc::JoinRequest) -> JoinReply;
+    /// Tells a node whether it left.
+    fn standing(&self, from: NodeId) -> JoinReply;
     /// Gives a member that has lost its catalog another replica id, or says why not.
     async fn readmit(&self, from: NodeId) -> Reply;
 }
@@ -162,8 +164,10 @@ impl Handler for NodeHandler {
 
     async fn join(&self, from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String> {
         let parts = self.parts.get().ok_or("the node is starting")?;
-        let request = rpc::decode(bytes).map_err(|error| error.to_string())?;
-        let reply = parts.door.admit(from, request).await;
+        let reply = match rpc::decode(bytes).map_err(|error| error.to_string())? {
+            Knock::Join(request) => parts.door.admit(from, request).await,
+            Knock::Standing => parts.door.standing(from),
+        };
         rpc::encode(&reply)
             .map(|bytes| bytes.to_vec())
             .map_err(|error| error.to_string())

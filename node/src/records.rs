@@ -3,7 +3,8 @@
 //! API objects (Application, Placement, Event in a shard; Site, Node in the meta group) are stored
 //! as canonical JSON bytes under `PLURAL/NAMESPACE/NAME`. Beside them are records that are no API
 //! objects: `assign/…` (who runs an app: the epoch of that entry fences the sites), `tombs/UID`
-//! (copies of deleted apps at sites that are away), and in the meta group `members/…`, `tokens/…`.
+//! (copies of deleted apps at sites that are away), and in the meta group `members/…`, `tokens/…`,
+//! `leaving/NODE` (what still keeps a member that is to leave) and `departed/NODE` (one that left).
 
 use krake_model::application::{AppKey, CopyRole, CopyState};
 use krake_model::decision::Target;
@@ -56,10 +57,24 @@ pub const TOKENS: &str = "tokens/";
 pub const ASSIGN: &str = "assign/";
 /// Prefix of tombstones.
 pub const TOMBS: &str = "tombs/";
+/// Prefix of what keeps the members that are leaving.
+pub const LEAVING: &str = "leaving/";
+/// Prefix of members that left.
+pub const DEPARTED: &str = "departed/";
 
 /// Key of a member.
 pub fn member_key(node: &NodeId) -> String {
     format!("{MEMBERS}{node}")
+}
+
+/// Key of what keeps a member that is leaving.
+pub fn leaving_key(node: &NodeId) -> String {
+    format!("{LEAVING}{node}")
+}
+
+/// Key of a member that left.
+pub fn departed_key(node: &NodeId) -> String {
+    format!("{DEPARTED}{node}")
 }
 
 /// Key of an invitation.
@@ -243,6 +258,18 @@ impl From<&DecisionRecord> for DecisionSummary {
             reason: record.reason.clone(),
         }
     }
+}
+
+/// A member that left. Its node's id never comes back: a site that joins again has another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Departure {
+    /// Its site's name, which another one may have by now.
+    pub site: String,
+    /// When (the clock of the meta group's leader).
+    pub left_at: Timestamp,
+    /// Whether copies of applications may still be there.
+    pub forced: bool,
 }
 
 /// An invitation in the meta group.

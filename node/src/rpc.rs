@@ -7,6 +7,8 @@ use krake_model::member::SignedInvitation;
 use krake_model::{AppUid, Member, Resources, SiteRecord, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use crate::records::Departure;
+
 const VERSION: u8 = 1;
 /// Largest request or reply (DESIGN 13.2 bounds an application at 512 KiB).
 const BYTES_MAX: usize = 2 * 1024 * 1024;
@@ -71,6 +73,15 @@ pub struct Reserve {
     pub manifests: Vec<u8>,
 }
 
+/// What a node asks that need not be a member.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Knock {
+    /// To become one.
+    Join(JoinRequest),
+    /// Whether it left: a member that was away may not have heard of it.
+    Standing,
+}
+
 /// What a joining node sends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JoinRequest {
@@ -86,7 +97,7 @@ pub struct JoinRequest {
     pub proof: [[u8; 32]; 2],
 }
 
-/// What a joining node gets.
+/// What it gets.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum JoinReply {
     /// It is a member now.
@@ -105,6 +116,10 @@ pub enum JoinReply {
         /// For people.
         message: String,
     },
+    /// It left the federation.
+    Left(Departure),
+    /// It did not, as far as is known here.
+    NotLeft,
 }
 
 impl JoinRequest {

@@ -9,10 +9,11 @@ use krake_driver::{Backend, Inventory};
 use krake_gossip::{Network, NetworkConfig};
 use krake_k8s_driver::KubernetesBackend;
 use krake_kube_api::{FieldValidation, Registry, Service};
+use krake_model::AppKey;
 use krake_placement::spec::Defaults;
 use parking_lot::Mutex;
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
 use crate::admission::KrakeAdmission;
@@ -22,9 +23,10 @@ use crate::config::{BackendConfig, Config};
 use crate::datadir::{DataDir, Membership};
 use crate::federation::{Federation, now};
 use crate::membership::door::Door;
-use crate::membership::{self, entry, publish};
+use crate::membership::{self, Follower, departure, entry, publish};
 use crate::net::{NetworkTransport, NodeHandler, Parts};
 use crate::owner::controller::Owner;
+use crate::records::Departure;
 use crate::site::agent::{Agent, SiteBackend};
 use crate::site::ledger::Ledger;
 use crate::site::report::Reporter;
@@ -149,7 +151,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         lost_after: config.defaults.detect_after,
         sites: Arc::default(),
     };
-    let node = compose(
+    let mut node = compose(
         &config, &data, stored, &identity, boot, federation, backends, &handler,
     )
     .await?;
@@ -159,14 +161,39 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         federation = node.federation.genesis.name,
         "the node runs"
     );
-    let result = wait(&node).await;
+    let result = wait(&mut node).await;
     stop(&node, &config).await;
-    result
+    if let Some(departure) = result? {
+        end_membership(&data, &departure, &node.agent.apps())?;
+    }
+    Ok(())
+}
+
+/// The node is a member no more: it does not start as one again, and its site may join anew.
+fn end_membership(data: &DataDir, departure: &Departure, apps: &[AppKey]) -> anyhow::Result<()> {
+    let aside = data.put_membership_aside(departure.left_at)?;
+    info!(
+        site = departure.site,
+        at = %departure.left_at,
+        files = %aside.display(),
+        "this site left the federation; krake-node join TOKEN takes it into one again"
+    );
+    if !apps.is_empty() {
+        let names: Vec<String> = apps.iter().map(ToString::to_string).collect();
+        warn!(
+            apps = names.join(", "),
+            "what this site ran for the federation is still there, and nobody's but its operator's now: remove it by the label {}, or join again, then what runs elsewhere is removed here",
+            krake_k8s_driver::UID_LABEL
+        );
+    }
+    Ok(())
 }
 
 struct Node {
     federation: Federation,
     api: Api,
+    left: watch::Receiver<Option<Departure>>,
+    agent: Agent,
 }
 
 #[allow(clippy::too_many_arguments, reason = "the parts of a node, once")]
@@ -199,6 +226,10 @@ async fn compose(
         admission: Arc::new(KrakeAdmission {
             definitions: federation.genesis.metrics.clone(),
             defaults: defaults.clone(),
+            staying: {
+                let federation = federation.clone();
+                Arc::new(move || federation.staying())
+            },
         }),
         version: json!({
             "major": "1", "minor": "33", "gitVersion": format!("v1.33.0+krake-{}", env!("CARGO_PKG_VERSION")),
@@ -241,12 +272,10 @@ async fn compose(
         },
         door: Arc::new(Door::new(federation.clone())),
     });
-    membership::apply_members(&federation, &stored.members).await;
-    tokio::spawn(membership::follow(
-        federation.clone(),
-        Arc::clone(data),
-        stored,
-    ));
+    let follower = Follower::start(federation.clone(), Arc::clone(data), stored).await;
+    let left = follower.left();
+    tokio::spawn(follower.run());
+    tokio::spawn(departure::let_go(federation.clone()));
     tokio::spawn(publish::publish_own(
         federation.clone(),
         config.clone(),
@@ -255,15 +284,22 @@ async fn compose(
     agent.start();
     owner.start(owner_reports);
     tokio::spawn(reporter.run());
-    Ok(Node { federation, api })
+    Ok(Node {
+        federation,
+        api,
+        left,
+        agent,
+    })
 }
 
-async fn wait(node: &Node) -> anyhow::Result<()> {
+/// Waits until the node is to stop; says so when that is because it is a member no more.
+async fn wait(node: &mut Node) -> anyhow::Result<Option<Departure>> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut failed = node.federation.catalog.host.failed();
     tokio::select! {
+        Ok(left) = node.left.wait_for(Option::is_some) => return Ok(left.clone()),
         _ = terminate.recv() => info!("told to stop"),
         _ = interrupt.recv() => info!("interrupted"),
         failure = failed.wait_for(Option::is_some) => {
@@ -272,7 +308,7 @@ async fn wait(node: &Node) -> anyhow::Result<()> {
             anyhow::bail!("the catalog failed: {text}");
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 async fn stop(node: &Node, config: &Config) {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// Label with the app's UID, on everything made for it.
-pub(crate) const UID_LABEL: &str = "krake.dev/app-uid";
+pub const UID_LABEL: &str = "krake.dev/app-uid";
 /// Label of ledgers.
 pub(crate) const LEDGER_LABEL: &str = "krake.dev/ledger";
 /// Label of namespaces that we made, with the federation's namespace.

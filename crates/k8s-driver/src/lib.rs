@@ -13,3 +13,4 @@ mod ledger;
 mod readiness;
 
 pub use crate::backend::{Config, KubernetesBackend};
+pub use crate::ledger::UID_LABEL;

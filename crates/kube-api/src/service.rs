@@ -68,6 +68,8 @@ pub struct Hold {
     pub finalizers: Vec<String>,
     /// Seconds that somebody has to end it: it stays, marked, until it is deleted again with none.
     pub grace_seconds: u64,
+    /// Annotations for whoever serves the finalizers; also of one that is on its way already.
+    pub annotations: Vec<(String, String)>,
 }
 
 /// Admits everything.

@@ -35,6 +35,8 @@ pub struct SiteState {
     pub unhealthy: Option<String>,
     /// Its operator takes no new apps.
     pub cordoned: bool,
+    /// Its node leaves the federation: what runs there has to go.
+    pub leaving: bool,
     /// It counts as lost for this app.
     pub lost: bool,
     /// How long ago its report arrived; `None`: it never reported.
@@ -211,7 +213,9 @@ fn filter(problem: &Problem, site: &SiteState, is_current: bool) -> Vec<Rejectio
     } else if let Some(why) = &site.unhealthy {
         reject(Filter::Lost, format!("its cluster does not answer: {why}"));
     }
-    if site.cordoned && !is_current {
+    if site.leaving {
+        reject(Filter::Cordoned, "it is leaving the federation".to_owned());
+    } else if site.cordoned && !is_current {
         reject(
             Filter::Cordoned,
             "its operator takes no new apps".to_owned(),
@@ -516,6 +520,7 @@ mod tests {
             kinds: BTreeSet::from(["v1/ConfigMap".to_owned()]).into(),
             unhealthy: None,
             cordoned: false,
+            leaving: false,
             lost: false,
             report_age: Some(Duration::from_secs(1)),
             refusals: Vec::new(),
@@ -583,10 +588,11 @@ mod tests {
     #[test]
     fn each_filter_excludes_and_says_why() {
         type Change = fn(&mut SiteState);
-        let cases: [(Filter, Change); 7] = [
+        let cases: [(Filter, Change); 8] = [
             (Filter::Lost, |s| s.lost = true),
             (Filter::Lost, |s| s.unhealthy = Some("timeout".to_owned())),
             (Filter::Cordoned, |s| s.cordoned = true),
+            (Filter::Cordoned, |s| s.leaving = true),
             (Filter::Stale, |s| {
                 s.report_age = Some(Duration::from_secs(61))
             }),
@@ -645,6 +651,27 @@ mod tests {
         running.sites[0].cordoned = true;
         running.sites[0].free = Resources::ZERO;
         assert_eq!(decide(&running).record.outcome, Outcome::Kept);
+    }
+
+    #[test]
+    fn what_runs_at_a_site_that_leaves_moves_at_once_if_it_can() {
+        let mut running = problem(vec![site("dresden", 20.0), site("stockholm", 400.0)]);
+        running.current = Some(target("dresden"));
+        running.sites[0].leaving = true;
+        let moved = decide(&running).record;
+        assert_eq!(moved.outcome, Outcome::Moved);
+        assert!(moved.reason.contains("leaving"), "{}", moved.reason);
+        running.policy.migration_enabled = false;
+        assert_eq!(decide(&running).record.outcome, Outcome::Kept);
+        running.policy.migration_enabled = true;
+        running.sites[1].cordoned = true;
+        let kept = decide(&running).record;
+        assert_eq!(kept.outcome, Outcome::Kept);
+        assert!(
+            kept.reason.contains("no other site fits"),
+            "{}",
+            kept.reason
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::config::check::is_dns_label;
 use crate::datadir::Identity;
 use crate::federation::{Federation, now};
 use crate::net::Admit;
-use crate::records::{self, TokenRecord, TokenState};
+use crate::records::{self, Departure, TokenRecord, TokenState};
 use crate::rpc::{JoinReply, JoinRequest, Reply, accepted_until};
 
 /// How often it is tried to admit a node; each time another one was faster.
@@ -116,6 +116,14 @@ impl Door {
             return Err((
                 "krake::already-member",
                 "this node is a member already; start it with krake-node run".to_owned(),
+            ));
+        }
+        let departed = records::departed_key(&request.node);
+        if catalog.host.get(meta, &departed).is_some() {
+            return Err((
+                "krake::left",
+                "the node with this key left the federation for ever; join with a data directory of its own, and so with another key"
+                    .to_owned(),
             ));
         }
         let site_key = format!("sites/{}", request.site.name);
@@ -304,6 +312,15 @@ impl Admit for Door {
     async fn readmit(&self, from: NodeId) -> Reply {
         let readmitted = self.try_readmit(from).await;
         readmitted.unwrap_or_else(|message| Reply::Error { message })
+    }
+
+    fn standing(&self, from: NodeId) -> JoinReply {
+        let key = records::departed_key(&from);
+        let catalog = &self.federation.catalog;
+        let departure = catalog.read::<Departure>(GroupId::META, &key);
+        departure.map_or(JoinReply::NotLeft, |(departure, _)| {
+            JoinReply::Left(departure)
+        })
     }
 
     async fn admit(&self, from: NodeId, request: JoinRequest) -> JoinReply {

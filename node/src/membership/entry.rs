@@ -14,6 +14,7 @@ use krake_model::{Genesis, GroupId, Member, NodeId};
 use serde_json::json;
 use tracing::debug;
 
+use super::departure::ask_standing;
 use super::{
     NoTransport, catalog_path, failure_of, info_of, objects, owner_of, peers, put,
     remove_unfinished,
@@ -23,7 +24,7 @@ use crate::config::Config;
 use crate::datadir::{DataDir, Identity, Membership};
 use crate::federation::now;
 use crate::records;
-use crate::rpc::{self, JoinReply, JoinRequest, Reply, Request, accepted_until};
+use crate::rpc::{self, JoinReply, JoinRequest, Knock, Reply, Request, accepted_until};
 
 /// How long a newcomer waits for an answer.
 const JOIN_TIME: Duration = Duration::from_secs(20);
@@ -67,6 +68,7 @@ pub async fn init(config: &Config) -> anyhow::Result<Founded> {
     config.check_metrics(&krake_model::metric::default_definitions())?;
     let data = DataDir::open(&config.node.data_dir)?;
     data.require_fresh()?;
+    data.forget_departure()?;
     let identity = data.identity(rand::random)?;
     let genesis = Genesis {
         name: config.federation.name.clone(),
@@ -172,6 +174,7 @@ pub async fn join(config: &Config, token: &str) -> anyhow::Result<String> {
     }
     let data = DataDir::open(&config.node.data_dir)?;
     data.require_fresh()?;
+    data.forget_departure()?;
     let identity = data.identity(rand::random)?;
     // Before the token is used up: a disk that cannot be written shows now.
     new_catalog(
@@ -201,13 +204,13 @@ pub async fn join(config: &Config, token: &str) -> anyhow::Result<String> {
     let mut halves = [[0_u8; 32]; 2];
     halves[0].copy_from_slice(&proof[..32]);
     halves[1].copy_from_slice(&proof[32..]);
-    let request = rpc::encode(&JoinRequest {
+    let request = rpc::encode(&Knock::Join(JoinRequest {
         invitation: signed,
         node: identity.node(),
         site,
         addresses,
         proof: halves,
-    })?;
+    }))?;
     // In the invitation's order: its issuer, which is known to run, comes first.
     let mut contacts: Vec<(NodeId, Vec<String>)> = Vec::new();
     for (node, address) in &invitation.contacts {
@@ -222,6 +225,12 @@ pub async fn join(config: &Config, token: &str) -> anyhow::Result<String> {
             Err(error) => failures.push(format!("{} ({error})", addresses.join(", "))),
             Ok(bytes) => match rpc::decode::<JoinReply>(&bytes)? {
                 JoinReply::Refused { code, message } => bail!("{message} [{code}]"),
+                JoinReply::Left(_) | JoinReply::NotLeft => {
+                    failures.push(format!(
+                        "{} (an answer to another question)",
+                        addresses.join(", ")
+                    ));
+                }
                 JoinReply::Admitted {
                     genesis,
                     replica,
@@ -293,6 +302,12 @@ pub async fn readmit(
             Ok(Reply::Error { message }) => last = message,
             Ok(other) => last = format!("an answer to another question: {other:?}"),
             Err(error) => debug!(%asked, error, "not readmitted here"),
+        }
+        let other = others[turn % others.len()];
+        if let Some(departure) = ask_standing(network, other).await {
+            data.put_membership_aside(departure.left_at)?;
+            // Says so.
+            data.require_membership()?;
         }
         if tokio::time::Instant::now() >= deadline {
             break;

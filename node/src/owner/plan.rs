@@ -172,6 +172,9 @@ pub trait World {
     fn sites(&self) -> &[SiteState];
     /// How the site appears for an app that waits `detect_after`.
     fn sight(&self, node: &NodeId, detect_after: Duration) -> Sight;
+    /// The site's node left the federation for ever: it says nothing of its copies any more, and what
+    /// is still there is its operator's.
+    fn has_left(&self, node: &NodeId) -> bool;
     /// This node sees too little of the federation to judge others.
     fn isolated(&self) -> bool;
     /// Metric definitions.
@@ -277,7 +280,7 @@ fn plan_deletion(app: &StoredApp, memory: &Memory, world: &dyn World) -> Step {
     let left: Vec<&AssignedCopy> = assign
         .copies
         .iter()
-        .filter(|c| !is_gone(memory, &c.target, *epoch))
+        .filter(|c| !is_gone(memory, &c.target, *epoch) && !world.has_left(&c.target.node))
         .collect();
     let detect_after = app.policy.detect_after;
     if left
@@ -315,9 +318,12 @@ fn settle(
     let now = world.now();
     let lost = |target: &Target| world.sight(&target.node, app.policy.detect_after) == Sight::Lost;
     let mut next = assign.clone();
-    next.copies
-        .retain(|copy| copy.role != CopyRole::Deleting || !is_gone(memory, &copy.target, epoch));
-    if let Some(outgoing) = assign.copy(CopyRole::Outgoing).cloned() {
+    next.copies.retain(|copy| {
+        let settled = copy.role == CopyRole::Deleting && is_gone(memory, &copy.target, epoch);
+        !settled && !world.has_left(&copy.target.node)
+    });
+    next.pending = next.pending.filter(|target| !world.has_left(&target.node));
+    if let Some(outgoing) = next.copy(CopyRole::Outgoing).cloned() {
         settle_surge(app, epoch, memory, world, &outgoing, &mut next);
     }
     let waits_for_old = next
@@ -489,10 +495,13 @@ fn decide_for(
         .iter()
         .map(|site| {
             let mut site = site.clone();
-            site.lost = world.sight(&site.target.node, app.policy.detect_after) != Sight::Alive
-                && (current.as_ref() != Some(&site.target)
-                    || (app.policy.failover_mode == FailoverMode::Prompt
-                        && world.sight(&site.target.node, app.policy.detect_after) == Sight::Lost));
+            let sight = world.sight(&site.target.node, app.policy.detect_after);
+            let is_current = current.as_ref() == Some(&site.target);
+            let is_lost = sight == Sight::Lost;
+            let prompt = app.policy.failover_mode == FailoverMode::Prompt;
+            // Nobody knows whether an app that must not run twice still runs there.
+            site.leaving &= prompt || !(is_current && is_lost);
+            site.lost = sight != Sight::Alive && (!is_current || (prompt && is_lost));
             if let Some(refusal) = memory.refusals.get(&site.target) {
                 site.refusals.push(refusal.reason.clone());
             }

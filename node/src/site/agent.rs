@@ -143,6 +143,11 @@ impl Agent {
         &self.inner.backends
     }
 
+    /// Apps that this site runs, or was told to run and could not be told otherwise.
+    pub fn apps(&self) -> Vec<AppKey> {
+        self.inner.ledger.apps()
+    }
+
     /// Wakes when capacity, health or served kinds changed.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.inner.changed.subscribe()

@@ -407,6 +407,9 @@ pub struct DeleteArgs {
     /// No error when it is not there
     #[arg(long)]
     pub ignore_not_found: bool,
+    /// Of a site: do not wait for the applications that run there, such as when it is lost for ever
+    #[arg(long)]
+    pub force: bool,
     /// Wait until nothing is left at any site
     #[arg(long)]
     pub wait: bool,

@@ -133,6 +133,7 @@ pub async fn kube(session: &Session, command: &KubeCommand) -> Outcome {
                 filename: Vec::new(),
                 recursive: false,
                 ignore_not_found: false,
+                force: false,
                 wait: false,
                 timeout: WAIT,
                 dry_run: None,

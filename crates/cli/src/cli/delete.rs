@@ -2,8 +2,9 @@
 
 use super::apply;
 use super::args::DeleteArgs;
+use super::exit::Exit;
 use super::kinds;
-use super::report::{Failure, Outcome};
+use super::report::{Failure, Outcome, Report};
 use super::session::Session;
 use super::wait::{self, Goal, Target};
 use crate::client::Resource;
@@ -29,19 +30,35 @@ pub async fn run(session: &Session, arguments: &DeleteArgs) -> Outcome {
     } else {
         apply::named(session, arguments.filename.clone(), arguments.recursive).await?
     };
+    let unforced = objects
+        .iter()
+        .find(|(resource, ..)| resource.kind != "Site");
+    if let Some((resource, ..)) = unforced.filter(|_| arguments.force) {
+        let text = format!(
+            "--force is for sites; {} is gone when every site has removed its copy",
+            resource.kind
+        );
+        return Err(Report::new(Exit::Usage, "usage", text).into());
+    }
     let dry_run = arguments.dry_run.is_some();
     let mut targets = Vec::new();
     let mut failure: Option<Failure> = None;
     for (resource, namespace, name) in objects {
         let deleted = session
             .client
-            .delete_object(&resource, &namespace, &name, dry_run)
+            .delete_object(&resource, &namespace, &name, arguments.force, dry_run)
             .await;
         match deleted {
             Ok(uid) => {
                 let suffix = if dry_run { " (server dry run)" } else { "" };
                 let title = resource.title(&name);
-                session.ui.out(&format!("{title} deleted{suffix}"))?;
+                // Its applications and its votes move first: `--wait` waits for that.
+                let word = if resource.kind == "Site" {
+                    "is leaving"
+                } else {
+                    "deleted"
+                };
+                session.ui.out(&format!("{title} {word}{suffix}"))?;
                 targets.push(Target {
                     resource,
                     namespace,

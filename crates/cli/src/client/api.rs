@@ -426,7 +426,8 @@ impl Client {
     }
 
     /// Deletes an object; the one that is there now, and no other of the same name that may come
-    /// later. Returns its UID; it may still be there for a while (finalizers).
+    /// later. Returns its UID; it may still be there for a while (finalizers), a site for less long
+    /// with `force`.
     ///
     /// # Errors
     /// When no node answers, or one says no.
@@ -435,6 +436,7 @@ impl Client {
         resource: &Resource,
         namespace: &str,
         name: &str,
+        force: bool,
         dry_run: bool,
     ) -> Result<String, ClientError> {
         let path = resource.object(namespace, name);
@@ -443,6 +445,9 @@ impl Client {
         let uid = uid.unwrap_or_default().to_owned();
         let mut options =
             json!({"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}});
+        if force {
+            options["gracePeriodSeconds"] = json!(0);
+        }
         if dry_run {
             // Kubernetes ignores the query beside a body.
             options["dryRun"] = json!(["All"]);

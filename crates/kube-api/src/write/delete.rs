@@ -133,6 +133,15 @@ pub fn marked(old: &Value, hold: &Hold, now: jiff::Timestamp) -> Value {
             }
         }
     }
+    if !hold.annotations.is_empty() {
+        let notes = map
+            .entry("annotations".to_owned())
+            .or_insert_with(|| json!({}));
+        if let Some(notes) = notes.as_object_mut() {
+            let own = hold.annotations.iter().cloned();
+            notes.extend(own.map(|(key, value)| (key, value.into())));
+        }
+    }
     if !dying {
         let generation = map.get("generation").and_then(Value::as_i64).unwrap_or(0);
         map.insert("generation".to_owned(), (generation + 1).into());

@@ -15,6 +15,7 @@ struct Sky {
     sites: Vec<SiteState>,
     lost: BTreeSet<NodeId>,
     suspect: BTreeSet<NodeId>,
+    left: BTreeSet<NodeId>,
     isolated: bool,
     definitions: BTreeMap<String, MetricDefinition>,
     now: Timestamp,
@@ -32,6 +33,9 @@ impl World for Sky {
         } else {
             Sight::Alive
         }
+    }
+    fn has_left(&self, node: &NodeId) -> bool {
+        self.left.contains(node)
     }
     fn isolated(&self) -> bool {
         self.isolated
@@ -68,6 +72,7 @@ fn site(number: u8, carbon: f64) -> SiteState {
         kinds: BTreeSet::from(["v1/ConfigMap".to_owned()]).into(),
         unhealthy: None,
         cordoned: false,
+        leaving: false,
         lost: false,
         report_age: Some(Duration::ZERO),
         refusals: Vec::new(),
@@ -133,6 +138,7 @@ impl Play {
                     .collect(),
                 lost: BTreeSet::new(),
                 suspect: BTreeSet::new(),
+                left: BTreeSet::new(),
                 isolated: false,
                 definitions,
                 now: Timestamp::from_millis(1_000_000),

@@ -26,6 +26,8 @@ use crate::records::{self, AssignRecord, CopyReport, PlacementStatus, ReportedSt
 
 /// Apps decided upon at once.
 const AT_ONCE: usize = 64;
+/// Before a tombstone that could not be written is tried again.
+const RELEASE_PAUSE: Duration = Duration::from_secs(1);
 /// How often is looked whether a member fell silent or came back.
 const SILENCE_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -109,15 +111,21 @@ impl Owner {
 
     async fn follow_catalog(self) {
         let host = &self.inner.federation.catalog.host;
-        let mut batches = host.watch(&["sites/", "applications/", records::ASSIGN]);
+        let mut batches = host.watch(&[
+            "sites/",
+            "applications/",
+            records::ASSIGN,
+            records::DEPARTED,
+        ]);
         loop {
             match batches.recv().await {
                 Ok(round) => round.iter().for_each(|batch| self.take(batch)),
                 Err(RecvError::Lagged(_)) => {
                     let led = self.inner.queue.lock().led().clone();
-                    for group in led {
-                        self.look_at(self.apps_of(group));
+                    for group in &led {
+                        self.look_at(self.apps_of(*group));
                     }
+                    self.spawn_release(led.into_iter().collect());
                 }
                 Err(RecvError::Closed) => return,
             }
@@ -128,6 +136,10 @@ impl Owner {
         if batch.group == GroupId::META {
             if batch.touches("sites/") {
                 self.queue(|queue| queue.look_at_all(true));
+            }
+            if batch.reset || batch.touches(records::DEPARTED) {
+                let led = self.inner.queue.lock().led().iter().copied().collect();
+                self.spawn_release(led);
             }
             return;
         }
@@ -166,10 +178,11 @@ impl Owner {
                 .collect();
             let catalog = &self.inner.federation.catalog;
             let new = self.queue(|queue| queue.lead(led, |app| catalog.group_of(app)));
-            for group in new {
+            for group in &new {
                 info!(%group, "this node leads the group");
-                self.look_at(self.apps_of(group));
+                self.look_at(self.apps_of(*group));
             }
+            self.spawn_release(new);
             if status.changed().await.is_err() {
                 return;
             }
@@ -249,6 +262,43 @@ impl Owner {
         tomb.targets.retain(|target| target.node != report.node);
         if let Err(error) = super::effects::write_tombstone(catalog, &tomb, &entry).await {
             info!(app = %report.app, %error, "a tombstone stays for now");
+        }
+    }
+
+    fn spawn_release(&self, groups: Vec<GroupId>) {
+        if !groups.is_empty() {
+            tokio::spawn(self.clone().release_departed(groups));
+        }
+    }
+
+    /// Nobody waits any more for a site that left to remove its copies of deleted apps.
+    async fn release_departed(self, groups: Vec<GroupId>) {
+        let catalog = &self.inner.federation.catalog;
+        let departed = catalog.departures();
+        let waits = |target: &Target| !departed.contains_key(&target.node);
+        for group in groups {
+            while !departed.is_empty() && catalog.host.leads(group) {
+                let tombs = catalog.read_all::<Tombstone>(group, records::TOMBS);
+                let (mut all_done, mut failed) = (true, false);
+                for (_, mut tomb, entry) in tombs {
+                    if tomb.targets.iter().all(waits) {
+                        continue;
+                    }
+                    all_done = false;
+                    tomb.targets.retain(waits);
+                    let written = super::effects::write_tombstone(catalog, &tomb, &entry).await;
+                    if let Err(error) = written {
+                        failed = true;
+                        info!(app = %tomb.app, %error, "a tombstone stays for now");
+                    }
+                }
+                if all_done {
+                    break;
+                }
+                if failed {
+                    tokio::time::sleep(RELEASE_PAUSE).await;
+                }
+            }
         }
     }
 

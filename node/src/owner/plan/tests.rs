@@ -242,6 +242,67 @@ fn the_best_site_is_asked_and_gets_the_app() {
 }
 
 #[test]
+fn what_runs_at_a_site_that_leaves_moves_before_its_old_copy_goes() {
+    let mut play = Play::new(&[20.0, 300.0]);
+    play.settle();
+    play.report(1, ReportedState::Ready);
+    play.world.sites[0].leaving = true;
+    play.pass(0);
+    play.settle();
+    assert_eq!(play.copies(), "site1:outgoing site2:active");
+    play.report(2, ReportedState::Ready);
+    play.settle();
+    assert_eq!(play.copies(), "site1:deleting site2:active");
+    play.report(1, ReportedState::Gone);
+    play.settle();
+    assert_eq!(play.copies(), "site2:active");
+}
+
+#[test]
+fn an_app_that_must_not_run_twice_waits_for_its_lost_site_until_that_has_left() {
+    let failover = json!({"failover": {"mode": "never"}});
+    let mut play = Play::with(&[20.0, 300.0], failover);
+    play.settle();
+    play.report(1, ReportedState::Ready);
+    play.world.lost.insert(node(1));
+    play.world.sites[0].leaving = true;
+    play.pass(60_000);
+    play.settle();
+    assert_eq!(play.copies(), "site1:active");
+    // It was taken out by force: what is there is its operator's.
+    play.world.sites.remove(0);
+    play.world.left.insert(node(1));
+    play.pass(0);
+    play.settle();
+    assert_eq!(play.copies(), "site2:active");
+}
+
+#[test]
+fn what_a_site_that_left_should_confirm_is_not_waited_for() {
+    // Half moved: the new copy's site goes, the old one's stays.
+    let mut play = Play::new(&[20.0, 300.0, 400.0]);
+    play.settle();
+    play.report(1, ReportedState::Ready);
+    play.world.sites[0].leaving = true;
+    play.pass(0);
+    play.settle();
+    assert_eq!(play.copies(), "site1:outgoing site2:active");
+    play.world.sites.remove(1);
+    play.world.left.insert(node(2));
+    play.pass(0);
+    play.settle();
+    assert_eq!(play.copies(), "site1:outgoing site3:active");
+    // Deleted: the one that left is in no tombstone.
+    play.world.sites.remove(0);
+    play.world.left.insert(node(1));
+    play.app.deleting = true;
+    play.settle();
+    play.report(3, ReportedState::Gone);
+    play.settle();
+    assert!(play.finished && play.tombstone.is_none());
+}
+
+#[test]
 fn a_refusal_leads_to_the_next_best() {
     let mut play = Play::new(&[300.0, 20.0, 500.0]);
     play.refusing.insert(node(2));

@@ -22,8 +22,8 @@ pub struct KrakeAdmission {
     pub definitions: BTreeMap<String, MetricDefinition>,
     /// This node's defaults.
     pub defaults: Defaults,
-    /// The names of the sites that are not to leave.
-    pub staying: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
+    /// Whether somebody is left to carry on without the site of this name.
+    pub may_leave: Arc<dyn Fn(&str) -> bool + Send + Sync>,
 }
 
 impl std::fmt::Debug for KrakeAdmission {
@@ -172,19 +172,9 @@ impl Admission for KrakeAdmission {
             return Ok(());
         }
         let name = object.pointer("/metadata/name").and_then(Value::as_str);
-        if (self.staying)()
-            .iter()
-            .all(|other| Some(other.as_str()) == name)
-        {
+        if !(self.may_leave)(name.unwrap_or_default()) {
             return Err(ApiError::forbidden(
                 "the last site cannot leave: the federation would be lost with it. Stop its node and remove its data directory, or let another site join first",
-            ));
-        }
-        let finalizers = object.pointer("/metadata/finalizers");
-        let mut finalizers = finalizers.and_then(Value::as_array).into_iter().flatten();
-        if !finalizers.any(|name| name == MEMBER_FINALIZER) {
-            return Err(ApiError::conflict(
-                "the site joined with a version that cannot leave; start its node with this version once",
             ));
         }
         Ok(())
@@ -193,9 +183,13 @@ impl Admission for KrakeAdmission {
     fn hold(&self, kind: &Kind, _object: &Value, options: &Value) -> Result<Hold, ApiError> {
         let forced = options.get("gracePeriodSeconds").and_then(Value::as_i64) == Some(0);
         let mut hold = Hold::default();
-        if kind.plural == "sites" && forced {
-            hold.annotations
-                .push((FORCED.to_owned(), "true".to_owned()));
+        if kind.plural == "sites" {
+            // Those that joined with an older version do not have it.
+            hold.finalizers.push(MEMBER_FINALIZER.to_owned());
+            if forced {
+                hold.annotations
+                    .push((FORCED.to_owned(), "true".to_owned()));
+            }
         }
         Ok(hold)
     }

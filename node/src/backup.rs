@@ -224,7 +224,17 @@ pub async fn restore(config: &Config, path: &Path) -> anyhow::Result<Restored> {
     config.check_metrics(&genesis.metrics)?;
     let data = DataDir::open(&config.node.data_dir)?;
     check_target(&data, &genesis, backup.federation)?;
+    data.forget_departure()?;
     let identity = data.identity(rand::random)?;
+    if backup
+        .get(GroupId::META, &records::departed_key(&identity.node()))
+        .is_some()
+    {
+        bail!(
+            "the node with the key in {} had left the federation when the backup was taken, and is refused by the others for ever; restore into another data directory (node.data_dir), or move node.key and membership away",
+            data.path().display()
+        );
+    }
     let members: Vec<Member> = backup
         .list(GroupId::META, records::MEMBERS)
         .into_iter()

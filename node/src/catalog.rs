@@ -8,7 +8,7 @@ use krake_model::{AppKey, Epoch, Genesis, GroupId, Member, NodeId};
 use serde::de::DeserializeOwned;
 use tracing::error;
 
-use crate::records::{self, Departure};
+use crate::records::{self, Departure, Leaving};
 
 /// How long a request waits for a group's leader.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -75,14 +75,20 @@ impl Catalog {
             .collect()
     }
 
+    /// Who is leaving, as this node's replica of the meta group has it; not who has only just begun.
+    pub fn leaving(&self) -> BTreeMap<NodeId, Leaving> {
+        self.by_node(records::LEAVING)
+    }
+
     /// Who left, as this node's replica of the meta group has it.
     pub fn departures(&self) -> BTreeMap<NodeId, Departure> {
-        self.read_all::<Departure>(GroupId::META, records::DEPARTED)
+        self.by_node(records::DEPARTED)
+    }
+
+    fn by_node<T: DeserializeOwned>(&self, prefix: &str) -> BTreeMap<NodeId, T> {
+        self.read_all::<T>(GroupId::META, prefix)
             .into_iter()
-            .filter_map(|(key, departure, _)| {
-                let node = key.strip_prefix(records::DEPARTED)?.parse().ok()?;
-                Some((node, departure))
-            })
+            .filter_map(|(key, record, _)| Some((key.strip_prefix(prefix)?.parse().ok()?, record)))
             .collect()
     }
 }

@@ -175,23 +175,28 @@ impl DataDir {
             _lock: lock,
         };
         directory.check_format()?;
-        if let Some(left_at) = directory.left_at()? {
+        if let Some(left_at) = Self::left_at(path)? {
             directory.move_aside(left_at)?;
         }
         Ok(directory)
     }
 
-    /// When the node left its federation, if that was the last thing it did.
-    fn left_at(&self) -> Result<Option<Timestamp>, DataDirError> {
-        let Some(bytes) = self.read("left")? else {
-            return Ok(None);
+    /// When the node of this directory left its federation, if that was the last thing it did; also
+    /// while another process has the directory.
+    ///
+    /// # Errors
+    /// When the note of it is damaged or cannot be read.
+    pub fn left_at(path: &Path) -> Result<Option<Timestamp>, DataDirError> {
+        let path = path.join("left");
+        let bytes = match std::fs::read(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            read => read.map_err(io("read", &path))?,
         };
         let text = String::from_utf8_lossy(&bytes);
-        let millis = text.trim().parse().map_err(|_| DataDirError::Damaged {
-            path: self.path.join("left"),
-            source: None,
-        })?;
-        Ok(Some(Timestamp::from_millis(millis)))
+        match text.trim().parse() {
+            Ok(millis) => Ok(Some(Timestamp::from_millis(millis))),
+            Err(_) => Err(DataDirError::Damaged { path, source: None }),
+        }
     }
 
     /// Notes that the node left its federation, and puts its key, its membership and its catalog into
@@ -359,7 +364,7 @@ impl DataDir {
             return Ok(membership);
         }
         let path = self.path.clone();
-        Err(match self.left_at()? {
+        Err(match Self::left_at(&path)? {
             Some(left_at) => DataDirError::Left { path, left_at },
             None => DataDirError::NotMember { path },
         })

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::catalog::Catalog;
 use crate::owner::plan::{Sight, World};
-use crate::records;
+use crate::records::{self, Leaving};
 use crate::store::Overlay;
 
 /// Wall time.
@@ -152,11 +152,28 @@ impl Federation {
         leaving.map(|site| site.node).collect()
     }
 
-    /// The names of the sites that are not to leave.
-    pub fn staying(&self) -> Vec<String> {
+    /// Whether this very site is to leave.
+    pub fn is_leaving(&self) -> bool {
         let committed = self.committed();
-        let staying = committed.sites.iter().filter(|site| !site.leaving);
-        staying.map(|site| site.name.clone()).collect()
+        let mut sites = committed.sites.iter();
+        sites.any(|site| site.node == self.own && site.leaving)
+    }
+
+    /// Whether somebody is left to carry on without the site of this name: another one that is not
+    /// leaving, or, where it is not heard of itself, one whose leaving is called off then.
+    pub fn may_leave(&self, name: &str) -> bool {
+        let committed = self.committed();
+        let sites = &committed.sites;
+        let unheard = |site: &CommittedSite| self.is_unheard(&site.node);
+        let gone = sites.iter().any(|site| site.name == name && unheard(site));
+        let mut others = sites.iter().filter(|site| site.name != name);
+        others.any(|site| !site.leaving || (gone && !unheard(site)))
+    }
+
+    /// Whether this node has not heard of another one for so long that displays may call it lost.
+    pub fn is_unheard(&self, node: &NodeId) -> bool {
+        let silence = self.network.opinions().silence.get(node).copied();
+        *node != self.own && silence.is_none_or(|silence| silence >= self.lost_after)
     }
 
     /// What is seen now.
@@ -198,9 +215,10 @@ impl Federation {
         let mut status = json!({"state": self.state_of(&node)});
         if object.pointer("/metadata/deletionTimestamp").is_some() {
             let key = records::leaving_key(&node);
-            let waits = self.catalog.read::<String>(GroupId::META, &key);
+            let leaving = self.catalog.read::<Leaving>(GroupId::META, &key);
+            let waits = leaving.map(|(leaving, _)| leaving.waits);
             status["leaving"] = waits
-                .map_or_else(|| "it has just begun to leave".to_owned(), |(text, _)| text)
+                .unwrap_or_else(|| "it has just begun to leave".to_owned())
                 .into();
             if status["state"] == "Alive" {
                 status["state"] = "Leaving".into();

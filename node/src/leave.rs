@@ -1,20 +1,19 @@
 //! `krake-node leave`: this site's operator takes it out of the federation.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use krake_model::Timestamp;
-use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::config::Config;
-use crate::datadir::{DataDir, DataDirError};
+use crate::datadir::DataDir;
 use crate::kinds::{GROUP, VERSION};
 
 /// How often the site is looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How long the node may take to stop once its site is no member any more.
-const STOP_TIME: Duration = Duration::from_secs(30);
+/// How long the node may tell nothing: it restarts, or stops because it was let go.
+const STALL: Duration = Duration::from_secs(60);
 /// How long one answer may take.
 const ANSWER_TIME: Duration = Duration::from_secs(30);
 
@@ -28,7 +27,8 @@ pub enum Left {
 }
 
 /// Asks the running node of this site to leave, and waits until it has: first its applications move
-/// to other sites, then its votes; with `force` nothing waits for the applications. `say` is told
+/// to other sites, then its votes; with `force` nothing waits for the applications, and those that are
+/// still here go on without the federation. `say` is told
 /// what it waits for, each time that this changes. Where the waiting is cancelled, the site goes on
 /// leaving.
 ///
@@ -67,46 +67,36 @@ pub async fn leave(
         return Ok(Left::Begun);
     }
     let mut told = String::new();
+    let mut answered_at = Instant::now();
     loop {
         tokio::time::sleep(INTERVAL).await;
-        let Ok(answer) = http.get(&url).send().await else {
-            break;
-        };
-        if answer.status() == StatusCode::NOT_FOUND {
-            break;
+        if let Some(left_at) = DataDir::left_at(&config.node.data_dir)? {
+            return Ok(Left::Gone(left_at));
         }
-        let object: Value = answer.json().await.unwrap_or_default();
+        let object: Option<Value> = match http.get(&url).send().await {
+            Ok(answer) if answer.status().is_success() => answer.json().await.ok(),
+            // It may have been let go a moment ago, or have no majority to read from.
+            _ => None,
+        };
+        let Some(object) = object else {
+            if answered_at.elapsed() > STALL {
+                bail!(
+                    "the node has not told about its site for {} s; while it runs it goes on leaving: look at its log, and start it where it has stopped",
+                    STALL.as_secs()
+                );
+            }
+            continue;
+        };
+        answered_at = Instant::now();
+        if object.pointer("/metadata/deletionTimestamp").is_none() {
+            bail!(
+                "the leaving was called off: every other site was to leave, too, and this one stays"
+            );
+        }
         let waits = object.pointer("/status/leaving").and_then(Value::as_str);
         if let Some(waits) = waits.filter(|waits| *waits != told) {
             waits.clone_into(&mut told);
             say(waits);
-        }
-    }
-    ended(config).await
-}
-
-/// Waits until the node has stopped, and looks why.
-async fn ended(config: &Config) -> anyhow::Result<Left> {
-    let deadline = tokio::time::Instant::now() + STOP_TIME;
-    loop {
-        match DataDir::open_existing(&config.node.data_dir) {
-            Ok(data) => {
-                return match data.require_membership() {
-                    Err(DataDirError::Left { left_at, .. }) => Ok(Left::Gone(left_at)),
-                    Err(error) => Err(error.into()),
-                    Ok(_) => bail!(
-                        "the node stopped before it was let go; start it with krake-node run: it goes on leaving"
-                    ),
-                };
-            }
-            Err(DataDirError::Locked { .. }) if tokio::time::Instant::now() < deadline => {
-                tokio::time::sleep(INTERVAL / 4).await;
-            }
-            Err(DataDirError::Locked { .. }) => bail!(
-                "the site is no member any more, but its node still runs after {} s: see its log",
-                STOP_TIME.as_secs()
-            ),
-            Err(error) => return Err(error.into()),
         }
     }
 }

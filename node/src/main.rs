@@ -54,8 +54,8 @@ enum Command {
     /// The node has to run. Its applications move to other sites, then its votes; it is told what is
     /// still there. It goes on by itself when this command is interrupted or the node restarts.
     Leave {
-        /// Do not wait for the applications: those that have no other site go on here without the
-        /// federation, and run elsewhere as soon as there is room.
+        /// Do not wait for the applications: what has not moved yet goes on here without the
+        /// federation, which runs it elsewhere as soon as it can.
         #[arg(long)]
         force: bool,
         /// Do not wait until the site has left.

@@ -204,6 +204,7 @@ pub struct Follower {
     presence: Presence,
     reluctant: bool,
     turn: usize,
+    standing: departure::Standing,
     left: watch::Sender<Option<Departure>>,
 }
 
@@ -217,6 +218,7 @@ impl Follower {
             presence: Presence::default(),
             reluctant: false,
             turn: 0,
+            standing: departure::Standing::default(),
             left: watch::Sender::default(),
         };
         follower.tell_network().await;
@@ -238,7 +240,8 @@ impl Follower {
         let federation = &self.federation;
         let opinions = federation.network.opinions();
         let rtts = federation.network.rtts();
-        let leaving = federation.leaving();
+        let leaving = federation.catalog.leaving();
+        let gives_votes = |node: &NodeId| leaving.get(node).is_some_and(|l| l.gives_votes);
         let now = Instant::now();
         let silent_for = |node: &NodeId| match node == &federation.own {
             true => Duration::ZERO,
@@ -253,7 +256,7 @@ impl Follower {
             .filter(|member| member.replica != NO_REPLICA)
             .map(|member| MemberInfo {
                 steady: self.presence.is_steady(&member.node, now),
-                leaving: leaving.contains(&member.node),
+                leaving: gives_votes(&member.node),
                 far: rtts.get(&member.node).is_some_and(|rtt| *rtt > FAR),
                 ..info_of(member, silent_for(&member.node) < VOTER_SILENCE)
             })
@@ -265,7 +268,12 @@ impl Follower {
     /// directory for the next start.
     pub async fn run(mut self) {
         let host = self.federation.catalog.host.clone();
-        let mut batches = host.watch(&["sites/", records::MEMBERS, records::DEPARTED]);
+        let mut batches = host.watch(&[
+            "sites/",
+            records::MEMBERS,
+            records::LEAVING,
+            records::DEPARTED,
+        ]);
         let mut care = tokio::time::interval(VOTERS_INTERVAL);
         let mut catch_up = tokio::time::interval(CATCH_UP_INTERVAL);
         catch_up.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -287,6 +295,8 @@ impl Follower {
                     };
                     if touched("sites/") {
                         self.follow_site().await;
+                    }
+                    if touched(records::LEAVING) {
                         self.tell_voters().await;
                     }
                     if touched(records::MEMBERS) || touched(records::DEPARTED) {
@@ -340,26 +350,24 @@ impl Follower {
     async fn catch_up(&mut self) {
         self.turn += 1;
         if self.federation.network.opinions().is_isolated() {
-            let others: Vec<&Member> = self.others().collect();
-            let Some(asked) = others.get(self.turn % others.len().max(1)) else {
-                return;
-            };
-            let network = &self.federation.network;
-            if let Some(departure) = departure::ask_standing(network, asked).await {
-                self.left.send_replace(Some(departure));
-                return;
+            let own = self.federation.own;
+            let members = self.membership.members.iter();
+            let others: Vec<&Member> = members.filter(|member| member.node != own).collect();
+            if let Some(asked) = others.get(self.turn % others.len().max(1)) {
+                let network = &self.federation.network;
+                let left = self.standing.ask(network, asked, others.len()).await;
+                if left.is_some() {
+                    self.left.send_replace(left);
+                    return;
+                }
             }
+        } else {
+            self.standing.clear();
         }
         if !self.has_meta() {
             let told = self.ask_members().await;
             self.take(told).await;
         }
-    }
-
-    fn others(&self) -> impl Iterator<Item = &Member> {
-        let own = self.federation.own;
-        let members = self.membership.members.iter();
-        members.filter(move |member| member.node != own)
     }
 
     /// Whether the members come from the catalog: its replica here has a leader and knows all that we

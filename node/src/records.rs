@@ -260,6 +260,16 @@ impl From<&DecisionRecord> for DecisionSummary {
     }
 }
 
+/// A member that is leaving, beside its site.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Leaving {
+    /// What it waits for, for people.
+    pub waits: String,
+    /// Whether that is only its votes: they go to others.
+    pub gives_votes: bool,
+}
+
 /// A member that left. Its node's id never comes back: a site that joins again has another one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

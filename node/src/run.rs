@@ -182,7 +182,7 @@ fn end_membership(data: &DataDir, departure: &Departure, apps: &[AppKey]) -> any
         let names: Vec<String> = apps.iter().map(ToString::to_string).collect();
         warn!(
             apps = names.join(", "),
-            "what this site ran for the federation is still there, and nobody's but its operator's now: remove it by the label {}, or join again, then what runs elsewhere is removed here",
+            "what this site ran for the federation is still there, and nobody's but its operator's now: remove it by the label {}, or join a federation again: what it does not run here is removed then",
             krake_k8s_driver::UID_LABEL
         );
     }
@@ -226,9 +226,9 @@ async fn compose(
         admission: Arc::new(KrakeAdmission {
             definitions: federation.genesis.metrics.clone(),
             defaults: defaults.clone(),
-            staying: {
+            may_leave: {
                 let federation = federation.clone();
-                Arc::new(move || federation.staying())
+                Arc::new(move |site: &str| federation.may_leave(site))
             },
         }),
         version: json!({

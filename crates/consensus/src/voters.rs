@@ -191,8 +191,9 @@ pub(crate) fn next_step(
         .find(|id| !voters.contains(id) && caught_up.contains(id) && members[id].alive);
     let alive = |id: &u64| members.get(id).is_some_and(|member| member.alive);
     let stays = |id: &u64| members.get(id).is_some_and(|member| !member.leaving);
-    let surplus = voters.iter().filter(|id| !desired.contains(id));
-    let old = surplus.min_by_key(|id| (**id == own, stays(id), alive(id)));
+    let surplus = || voters.iter().filter(|id| !desired.contains(id));
+    let first = |id: &&u64| (**id == own, stays(id), alive(id));
+    let old = surplus().min_by_key(first);
     if let Some(by) = promote.copied() {
         let can_go = |old: &u64| *old != own || !voters.is_disjoint(desired);
         return Some(match old.copied().filter(can_go) {
@@ -205,11 +206,11 @@ pub(crate) fn next_step(
         return Some(Step::Remove(*id));
     }
     if voters.len() > desired.len() || desired.iter().all(|id| voters.contains(id)) {
-        let old = old?;
-        let there = voters.iter().filter(|id| *id != old && alive(id)).count();
-        if there * 2 < voters.len() {
-            return None;
-        }
+        let can_spare = |old: &&u64| {
+            let there = voters.iter().filter(|id| id != old && alive(id));
+            there.count() * 2 >= voters.len()
+        };
+        let old = surplus().filter(can_spare).min_by_key(first)?;
         return Some(if members.contains_key(old) {
             Step::Demote(*old)
         } else {
@@ -395,6 +396,22 @@ mod tests {
                 let voters: Vec<u64> = voters.into_iter().filter(|id| *id != 1).collect();
                 assert_eq!(voters.len(), voter_count(count as usize - 1), "{count}");
             }
+        }
+    }
+
+    #[test]
+    fn who_leaves_does_so_beside_one_that_is_away_as_long_as_that_leaves_a_majority() {
+        for (count, away) in [(3, 1..=1), (5, 1..=2), (7, 1..=2)] {
+            let mut members = members(count);
+            members.get_mut(&count).unwrap().leaving = true;
+            for id in away {
+                let member = members.get_mut(&id).unwrap();
+                (member.alive, member.steady) = (false, false);
+            }
+            let voters: Vec<u64> = (1..=count).filter(|id| count < 7 || *id > 2).collect();
+            let from: Vec<u64> = std::iter::once(3.min(count - 1)).chain(voters).collect();
+            let voters = settled(GroupId::META, &members, &from);
+            assert!(!voters.contains(&count), "{count}: {voters:?}");
         }
     }
 

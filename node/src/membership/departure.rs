@@ -1,25 +1,26 @@
 //! How a member leaves: what still keeps it, letting it go, and learning of it.
 //!
-//! A site whose object is deleted is leaving: its applications move to other sites, and its node gives
-//! its votes and what it leads away. The leader of the meta group looks what is left, and lets it go
-//! when that is nothing: one command takes it from the members and notes that it left. Until then it is
-//! a member like the others, for what depends on it must be able to speak with it.
+//! A site whose object is deleted is leaving: its applications move to other sites, and its node leads
+//! nothing any more. When nothing of them is left, it gives its votes away, and when it has none, the
+//! leader of the meta group, which looks what is left, lets it go: one command takes it from the members
+//! and notes that it left. Until then it is a member like the others, for what depends on it must be able
+//! to speak with it.
 
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use krake_consensus::{Command, Expect, Operation};
+use krake_consensus::{Command, Entry, Expect, Operation};
 use krake_gossip::Network;
 use krake_model::{AppKey, GroupId, Member, NodeId};
 use serde_json::Value;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::put;
 use crate::catalog::{Catalog, PATIENCE};
 use crate::federation::{Federation, now};
 use crate::kinds::{FORCED, MEMBER_FINALIZER};
-use crate::owner::plan::{Sight, World as _};
-use crate::records::{self, AssignRecord, Departure, Tombstone};
+use crate::records::{self, AssignRecord, Departure, Leaving, Tombstone};
 use crate::rpc::{self, JoinReply, Knock};
 
 /// How often it is looked what keeps those that are leaving.
@@ -28,8 +29,14 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const DUTY: u32 = 10;
 /// Applications that are named among those that keep a site.
 const NAMED_MAX: usize = 3;
+/// Members that have to say that this node left, where there are as many.
+const WITNESSES: usize = 2;
 /// How long a member has to say whether we are one.
 const STANDING_TIME: Duration = Duration::from_secs(3);
+
+/// Nobody goes by its own will before it has been leaving for so long: an owner that had not heard of
+/// it may just be assigning something to it.
+const SETTLE: Duration = PATIENCE;
 
 /// What there is of a member that is leaving.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -38,124 +45,212 @@ struct Rest {
     apps: BTreeSet<AppKey>,
     /// Groups it votes in.
     votes: usize,
-    /// Others that stay.
-    others: usize,
+    /// It began to leave not long ago.
+    young: bool,
     /// It is not heard of.
-    lost: bool,
+    unheard: bool,
     /// It goes without waiting for what runs there.
     forced: bool,
     /// Finalizers that somebody else removes.
     held_by: Vec<String>,
 }
 
-/// Why it cannot go yet, if so.
-fn obstacle(site: &str, rest: &Rest) -> Option<String> {
-    if rest.others == 0 {
-        return Some(
-            "it is the last one of those that stay: stop its node instead, or let another site join"
-                .to_owned(),
-        );
-    }
+/// What is to be done about a member that is leaving.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// It is kept by something, and votes on.
+    Wait(String),
+    /// Its votes go to others.
+    GiveVotes(String),
+    /// Nothing keeps it.
+    LetGo,
+}
+
+fn next(site: &str, rest: &Rest) -> Next {
     if !rest.held_by.is_empty() {
-        return Some(format!("it is held by {}", rest.held_by.join(", ")));
+        return Next::Wait(format!("it is held by {}", rest.held_by.join(", ")));
     }
-    let mut left = Vec::new();
     let apps = rest.apps.len();
     if apps > 0 && !rest.forced {
         let named = rest.apps.iter().take(NAMED_MAX);
         let named: Vec<String> = named.map(ToString::to_string).collect();
         let more = if apps > NAMED_MAX { ", …" } else { "" };
         let noun = if apps == 1 { "copy" } else { "copies" };
-        left.push(format!("{apps} {noun} ({}{more})", named.join(", ")));
+        let hint = if rest.unheard {
+            format!(
+                "it is not heard of, so nobody knows whether they still run: krakectl delete site {site} --force removes it nevertheless"
+            )
+        } else {
+            "krakectl why APP tells where they could go".to_owned()
+        };
+        return Next::Wait(format!(
+            "still there: {apps} {noun} ({}{more}); {hint}",
+            named.join(", ")
+        ));
+    }
+    if rest.young && !rest.forced {
+        return Next::Wait("waiting for what may be on its way to it".to_owned());
     }
     match rest.votes {
-        0 => {}
-        1 => left.push("its vote in 1 group".to_owned()),
-        votes => left.push(format!("its votes in {votes} groups")),
+        0 => Next::LetGo,
+        1 => Next::GiveVotes("still there: its vote in 1 group".to_owned()),
+        votes => Next::GiveVotes(format!("still there: its votes in {votes} groups")),
     }
-    if left.is_empty() {
-        return None;
-    }
-    let hint = if apps == 0 || rest.forced {
-        String::new()
-    } else if rest.lost {
-        format!(
-            "; it is not heard of, so nobody knows whether they still run: krakectl delete site {site} --force removes it nevertheless"
-        )
-    } else {
-        "; krakectl why APP tells where they could go".to_owned()
-    };
-    Some(format!("still there: {}{hint}", left.join(" and ")))
 }
 
 /// While this node leads the meta group: lets go whom nothing keeps any more, until the program ends.
 pub async fn let_go(federation: Federation) {
     let mut pause = INTERVAL;
+    let mut since = BTreeMap::new();
     loop {
         tokio::time::sleep(pause).await;
         pause = INTERVAL;
-        if !federation.catalog.host.leads(GroupId::META) || federation.leaving().is_empty() {
-            continue;
+        let mut leaving = federation.leaving();
+        if !federation.catalog.host.leads(GroupId::META) {
+            leaving.clear();
         }
         let begun = Instant::now();
-        if let Err(error) = look(&federation).await {
+        since.retain(|node, _| leaving.contains(node));
+        for node in &leaving {
+            since.entry(*node).or_insert(begun);
+        }
+        if leaving.is_empty() {
+            continue;
+        }
+        if let Err(error) = look(&federation, &since).await {
             debug!(%error, "nobody is let go for now");
         }
         pause = INTERVAL.max(begun.elapsed() * DUTY);
     }
 }
 
-async fn look(federation: &Federation) -> anyhow::Result<()> {
+/// A member that is leaving, with its site as it is stored.
+struct Leaver {
+    member: Member,
+    site: Value,
+    entry: Entry,
+}
+
+impl Leaver {
+    fn forced(&self) -> bool {
+        self.site["metadata"]["annotations"][FORCED] == "true"
+    }
+}
+
+async fn look(federation: &Federation, since: &BTreeMap<NodeId, Instant>) -> anyhow::Result<()> {
     let catalog = &federation.catalog;
     let groups = Catalog::all_groups(catalog.shards);
     let fresh = catalog.host.read_barrier(&groups, PATIENCE).await;
     let leaving = federation.leaving();
     let members = catalog.members();
-    let stay = members.iter().filter(|m| !leaving.contains(&m.node));
-    let others = stay.count();
-    for member in members.iter().filter(|m| leaving.contains(&m.node)) {
-        let site_key = records::object_key("sites", "", &member.site.name);
-        let Some((site, entry)) = catalog.read::<Value>(GroupId::META, &site_key) else {
-            continue;
+    let count = members.len();
+    let mut leavers = Vec::new();
+    for member in members.into_iter().filter(|m| leaving.contains(&m.node)) {
+        let key = records::object_key("sites", "", &member.site.name);
+        if let Some((site, entry)) = catalog.read::<Value>(GroupId::META, &key) {
+            leavers.push(Leaver {
+                member,
+                site,
+                entry,
+            });
+        }
+    }
+    if leavers.len() == count {
+        // Two at once, or one whose last companion is lost: somebody has to stay.
+        return match leavers
+            .iter()
+            .min_by_key(|leaver| first_to_stay(federation, leaver))
+        {
+            Some(leaver) => call_off(catalog, leaver).await,
+            None => Ok(()),
         };
-        let waits = match &fresh {
-            Err(error) => Some(format!("it is not known what is still there: {error}")),
-            Ok(()) => {
-                let rest = rest(federation, member, &site, others).await?;
-                obstacle(&member.site.name, &rest)
-            }
+    }
+    for leaver in &leavers {
+        let next = match &fresh {
+            Err(error) => Next::Wait(format!("it is not known what is still there: {error}")),
+            Ok(()) => next(
+                &leaver.member.site.name,
+                &rest(federation, leaver, since).await?,
+            ),
         };
-        match waits {
-            Some(text) => tell(catalog, member, text).await?,
-            None => remove(catalog, member, &site, Expect::Revision(entry.modified)).await?,
+        match next {
+            Next::Wait(waits) => tell(catalog, leaver, waits, false).await?,
+            Next::GiveVotes(waits) => tell(catalog, leaver, waits, true).await?,
+            Next::LetGo => remove(catalog, leaver).await?,
         }
     }
     Ok(())
 }
 
+/// Of members that all want to leave, one that is heard of, and of these the one that wanted to last.
+fn first_to_stay(federation: &Federation, leaver: &Leaver) -> impl Ord + use<> {
+    let wanted_at = leaver.site["metadata"]["deletionTimestamp"].as_str();
+    (
+        federation.is_unheard(&leaver.member.node),
+        Reverse(wanted_at.unwrap_or_default().to_owned()),
+        leaver.member.site.name.clone(),
+    )
+}
+
+async fn call_off(catalog: &Catalog, leaver: &Leaver) -> anyhow::Result<()> {
+    let mut site = leaver.site.clone();
+    if let Some(metadata) = site.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("deletionTimestamp");
+        metadata.remove("deletionGracePeriodSeconds");
+        if let Some(annotations) = metadata
+            .get_mut("annotations")
+            .and_then(Value::as_object_mut)
+        {
+            annotations.remove(FORCED);
+        }
+    }
+    let name = &leaver.member.site.name;
+    let operations = vec![
+        put(
+            records::object_key("sites", "", name),
+            records::write(&site),
+            Expect::Revision(leaver.entry.modified),
+        ),
+        Operation::Delete {
+            key: records::leaving_key(&leaver.member.node),
+            expect: Expect::Any,
+        },
+    ];
+    let command = Command::new(operations);
+    catalog
+        .host
+        .propose(GroupId::META, command, PATIENCE)
+        .await?;
+    warn!(
+        site = name,
+        "every site was to leave: this one stays, for the federation would be lost with it"
+    );
+    Ok(())
+}
+
 async fn rest(
     federation: &Federation,
-    member: &Member,
-    site: &Value,
-    others: usize,
+    leaver: &Leaver,
+    since: &BTreeMap<NodeId, Instant>,
 ) -> anyhow::Result<Rest> {
-    let (catalog, node) = (federation.catalog.clone(), member.node);
+    let (catalog, node) = (federation.catalog.clone(), leaver.member.node);
     let apps = tokio::task::spawn_blocking(move || apps_at(&catalog, &node)).await?;
+    let replica = leaver.member.replica;
     let status = federation.catalog.host.status();
-    let votes = status.borrow();
-    let votes = votes
+    let votes = status
+        .borrow()
         .values()
-        .filter(|group| group.voters.contains(&member.replica))
+        .filter(|group| group.voters.contains(&replica))
         .count();
-    let finalizers = site.pointer("/metadata/finalizers");
+    let finalizers = leaver.site.pointer("/metadata/finalizers");
     let held_by = finalizers.and_then(Value::as_array).into_iter().flatten();
     let held_by = held_by.filter_map(Value::as_str);
     Ok(Rest {
         apps,
         votes,
-        others,
-        lost: federation.moment().sight(&node, federation.lost_after) == Sight::Lost,
-        forced: site["metadata"]["annotations"][FORCED] == "true",
+        young: since.get(&node).is_none_or(|at| at.elapsed() < SETTLE),
+        unheard: federation.is_unheard(&node),
+        forced: leaver.forced(),
         held_by: held_by
             .filter(|name| *name != MEMBER_FINALIZER)
             .map(ToOwned::to_owned)
@@ -181,20 +276,32 @@ fn apps_at(catalog: &Catalog, node: &NodeId) -> BTreeSet<AppKey> {
     apps
 }
 
-/// Notes what keeps it, for whoever looks at the site.
-async fn tell(catalog: &Catalog, member: &Member, text: String) -> anyhow::Result<()> {
-    let key = records::leaving_key(&member.node);
-    let known = catalog.read::<String>(GroupId::META, &key);
-    if known.as_ref().is_some_and(|(known, _)| *known == text) {
+/// Notes what keeps it, for whoever looks at the site, and whether its votes are to go.
+async fn tell(
+    catalog: &Catalog,
+    leaver: &Leaver,
+    waits: String,
+    gives_votes: bool,
+) -> anyhow::Result<()> {
+    let key = records::leaving_key(&leaver.member.node);
+    let news = Leaving { waits, gives_votes };
+    let known = catalog.read::<Leaving>(GroupId::META, &key);
+    if known.is_some_and(|(known, _)| known == news) {
         return Ok(());
     }
     info!(
-        site = member.site.name,
-        reason = text,
-        "a site that leaves is kept"
+        site = leaver.member.site.name,
+        reason = news.waits,
+        "a site is leaving"
     );
-    let operation = put(key, records::write(&text), Expect::Any);
-    let command = Command::new(vec![operation]);
+    let operations = vec![
+        Operation::Check {
+            key: records::object_key("sites", "", &leaver.member.site.name),
+            expect: Expect::Revision(leaver.entry.modified),
+        },
+        put(key, records::write(&news), Expect::Any),
+    ];
+    let command = Command::new(operations);
     catalog
         .host
         .propose(GroupId::META, command, PATIENCE)
@@ -202,19 +309,16 @@ async fn tell(catalog: &Catalog, member: &Member, text: String) -> anyhow::Resul
     Ok(())
 }
 
-async fn remove(
-    catalog: &Catalog,
-    member: &Member,
-    site: &Value,
-    unchanged: Expect,
-) -> anyhow::Result<()> {
+async fn remove(catalog: &Catalog, leaver: &Leaver) -> anyhow::Result<()> {
+    let member = &leaver.member;
     let name = &member.site.name;
     let departure = Departure {
         site: name.clone(),
         left_at: now(),
-        forced: site["metadata"]["annotations"][FORCED] == "true",
+        forced: leaver.forced(),
     };
     let delete = |key: String, expect| Operation::Delete { key, expect };
+    let unchanged = Expect::Revision(leaver.entry.modified);
     let operations = vec![
         delete(records::object_key("sites", "", name), unchanged),
         delete(records::object_key("nodes", "", name), Expect::Any),
@@ -235,15 +339,54 @@ async fn remove(
     Ok(())
 }
 
-/// Asks a member whether this node left: those that are no members are told nothing else.
-pub async fn ask_standing(network: &Network, member: &Member) -> Option<Departure> {
+/// What other members say of whether this node left. One alone is not believed where others may be
+/// asked, and nobody is while as many say otherwise: a member that has not heard of it yet, or lies.
+#[derive(Debug, Default)]
+pub struct Standing(BTreeMap<NodeId, Option<Departure>>);
+
+impl Standing {
+    /// Asks one of them, and returns whether this node left as far as all `others` that answered know.
+    pub async fn ask(
+        &mut self,
+        network: &Network,
+        asked: &Member,
+        others: usize,
+    ) -> Option<Departure> {
+        let said = ask_standing(network, asked).await?;
+        let before = self.0.insert(asked.node, said.clone());
+        if let (Some(departure), None | Some(None)) = (said, before) {
+            warn!(
+                by = asked.site.name,
+                left_at = %departure.left_at,
+                "told that this node left the federation"
+            );
+        }
+        self.verdict(others)
+    }
+
+    /// Forgets what was said: the others speak with this node.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    fn verdict(&self, others: usize) -> Option<Departure> {
+        let said: Vec<&Departure> = self.0.values().flatten().collect();
+        let otherwise = self.0.len() - said.len();
+        let believed = said.len() >= others.clamp(1, WITNESSES) && said.len() > otherwise;
+        believed.then(|| said.first().copied().cloned()).flatten()
+    }
+}
+
+/// Whether this node left, as one member knows: those that are no members are told nothing else.
+async fn ask_standing(network: &Network, member: &Member) -> Option<Option<Departure>> {
     let question = rpc::encode(&Knock::Standing).ok()?;
     let answer = network
         .join(member.node, &member.addresses, &question, STANDING_TIME)
         .await;
     match answer.map(|bytes| rpc::decode::<JoinReply>(&bytes)) {
-        Ok(Ok(JoinReply::Left(departure))) => return Some(departure),
-        Ok(Ok(_)) => {}
+        Ok(Ok(JoinReply::Left(departure))) => return Some(Some(departure)),
+        Ok(Ok(JoinReply::NotLeft)) => return Some(None),
+        Ok(Ok(_)) => debug!(node = %member.node, "an answer to another question"),
         Ok(Err(error)) => debug!(node = %member.node, %error, "an answer that is not one"),
         Err(error) => debug!(node = %member.node, %error, "not asked whether we are a member"),
     }
@@ -252,64 +395,92 @@ pub async fn ask_standing(network: &Network, member: &Member) -> Option<Departur
 
 #[cfg(test)]
 mod tests {
+    use krake_model::Timestamp;
+
     use super::*;
 
     fn rest(apps: &[&str], votes: usize) -> Rest {
+        let app = |name: &&str| AppKey::new("default", *name);
         Rest {
-            apps: apps
-                .iter()
-                .map(|name| AppKey::new("default", *name))
-                .collect(),
+            apps: apps.iter().map(app).collect(),
             votes,
-            others: 2,
             ..Rest::default()
         }
     }
 
+    fn waits(next: Next) -> String {
+        match next {
+            Next::Wait(text) => text,
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
-    fn who_leaves_is_kept_by_copies_and_votes_and_the_reason_says_what_to_do() {
-        assert_eq!(obstacle("oslo", &rest(&[], 0)), None);
-        let text = obstacle("oslo", &rest(&["shop"], 4)).unwrap();
-        assert!(
-            text.contains("1 copy (default/shop) and its votes in 4 groups"),
-            "{text}"
-        );
+    fn copies_keep_it_first_and_the_reason_says_what_to_do() {
+        let text = waits(next("oslo", &rest(&["shop"], 4)));
+        assert!(text.contains("1 copy (default/shop)"), "{text}");
         assert!(text.contains("krakectl why"), "{text}");
-        let text = obstacle("oslo", &rest(&["a", "b", "c", "d"], 1)).unwrap();
+        let text = waits(next("oslo", &rest(&["a", "b", "c", "d"], 1)));
         assert!(
             text.contains("4 copies (default/a, default/b, default/c, …)"),
             "{text}"
         );
-        let lost = Rest {
-            lost: true,
+        let unheard = Rest {
+            unheard: true,
             ..rest(&["shop"], 0)
         };
-        let text = obstacle("oslo", &lost).unwrap();
+        let text = waits(next("oslo", &unheard));
         assert!(text.contains("krakectl delete site oslo --force"), "{text}");
     }
 
     #[test]
-    fn force_does_not_wait_for_copies_but_for_votes_and_the_last_one_stays() {
-        let forced = |apps: &[&str], votes| Rest {
+    fn then_it_gives_its_votes_away_and_goes() {
+        let young = Rest {
+            young: true,
+            ..rest(&[], 4)
+        };
+        assert!(waits(next("oslo", &young)).contains("on its way"));
+        let Next::GiveVotes(text) = next("oslo", &rest(&[], 4)) else {
+            panic!("it votes")
+        };
+        assert!(text.contains("its votes in 4 groups"), "{text}");
+        assert_eq!(next("oslo", &rest(&[], 0)), Next::LetGo);
+    }
+
+    #[test]
+    fn force_does_not_wait_for_copies_but_for_votes_and_for_who_else_holds_it() {
+        let forced = |votes| Rest {
             forced: true,
-            ..rest(apps, votes)
+            young: true,
+            ..rest(&["shop"], votes)
         };
-        assert_eq!(obstacle("oslo", &forced(&["shop"], 0)), None);
-        let text = obstacle("oslo", &forced(&["shop"], 1)).unwrap();
-        assert_eq!(text, "still there: its vote in 1 group");
-        let last = Rest {
-            others: 0,
-            ..forced(&[], 0)
-        };
-        assert!(obstacle("oslo", &last).unwrap().contains("last one"));
+        assert_eq!(next("oslo", &forced(0)), Next::LetGo);
+        assert!(matches!(next("oslo", &forced(1)), Next::GiveVotes(_)));
         let held = Rest {
             held_by: vec!["example.org/audit".to_owned()],
-            ..forced(&[], 0)
+            ..forced(0)
         };
-        assert!(
-            obstacle("oslo", &held)
-                .unwrap()
-                .contains("example.org/audit")
-        );
+        assert!(waits(next("oslo", &held)).contains("example.org/audit"));
+    }
+
+    #[test]
+    fn one_member_alone_is_not_believed_nor_while_as_many_say_otherwise() {
+        let left = || {
+            Some(Departure {
+                site: "oslo".to_owned(),
+                left_at: Timestamp::from_millis(1),
+                forced: false,
+            })
+        };
+        let node = |number| NodeId::from_bytes([number; 32]);
+        let said = |said: &[Option<Departure>]| {
+            Standing((1..).map(node).zip(said.iter().cloned()).collect())
+        };
+        assert_eq!(said(&[left()]).verdict(1), left(), "there is no other one");
+        assert_eq!(said(&[left()]).verdict(4), None);
+        assert_eq!(said(&[left(), left()]).verdict(4), left());
+        assert_eq!(said(&[left(), left(), None, None]).verdict(4), None);
+        assert_eq!(said(&[left(), left(), None, left()]).verdict(4), left());
+        assert_eq!(said(&[None]).verdict(1), None);
     }
 }

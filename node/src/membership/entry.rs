@@ -14,7 +14,7 @@ use krake_model::{Genesis, GroupId, Member, NodeId};
 use serde_json::json;
 use tracing::debug;
 
-use super::departure::ask_standing;
+use super::departure::Standing;
 use super::{
     NoTransport, catalog_path, failure_of, info_of, objects, owner_of, peers, put,
     remove_unfinished,
@@ -286,6 +286,7 @@ pub async fn readmit(
     network.set_members(peers(&stored.members)).await;
     let deadline = tokio::time::Instant::now() + READMIT_TIME;
     let mut last = "nobody could be reached".to_owned();
+    let mut standing = Standing::default();
     for turn in 0.. {
         let asked = others[turn % others.len()].node;
         match crate::net::ask(network, asked, &Request::Readmit).await {
@@ -304,7 +305,8 @@ pub async fn readmit(
             Err(error) => debug!(%asked, error, "not readmitted here"),
         }
         let other = others[turn % others.len()];
-        if let Some(departure) = ask_standing(network, other).await {
+        let left = standing.ask(network, other, others.len()).await;
+        if let Some(departure) = left {
             data.put_membership_aside(departure.left_at)?;
             // Says so.
             data.require_membership()?;

@@ -89,14 +89,8 @@ async fn try_publish(
                 spec["backends"] = backends;
             }
         }
-        let finalizers = &new["metadata"]["finalizers"];
-        let unheld = object["metadata"]["finalizers"].is_null() && !finalizers.is_null();
-        if object["spec"] == spec && !unheld {
+        if object["spec"] == spec {
             continue;
-        }
-        if unheld {
-            // It joined when members could not leave.
-            object["metadata"]["finalizers"] = finalizers.clone();
         }
         object["spec"] = spec;
         let generation = object["metadata"]["generation"].as_u64().unwrap_or(0);

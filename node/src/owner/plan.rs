@@ -500,7 +500,7 @@ fn decide_for(
             let is_lost = sight == Sight::Lost;
             let prompt = app.policy.failover_mode == FailoverMode::Prompt;
             // Nobody knows whether an app that must not run twice still runs there.
-            site.leaving &= prompt || !(is_current && is_lost);
+            site.leaving &= prompt || !is_current || sight == Sight::Alive;
             site.lost = sight != Sight::Alive && (!is_current || (prompt && is_lost));
             if let Some(refusal) = memory.refusals.get(&site.target) {
                 site.refusals.push(refusal.reason.clone());

@@ -7,7 +7,7 @@ use super::kinds;
 use super::report::{Failure, Outcome, Report};
 use super::session::Session;
 use super::wait::{self, Goal, Target};
-use crate::client::Resource;
+use crate::client::{Deletion, Resource};
 
 /// Runs the command.
 ///
@@ -41,12 +41,16 @@ pub async fn run(session: &Session, arguments: &DeleteArgs) -> Outcome {
         return Err(Report::new(Exit::Usage, "usage", text).into());
     }
     let dry_run = arguments.dry_run.is_some();
+    let how = Deletion {
+        force: arguments.force,
+        dry_run,
+    };
     let mut targets = Vec::new();
     let mut failure: Option<Failure> = None;
     for (resource, namespace, name) in objects {
         let deleted = session
             .client
-            .delete_object(&resource, &namespace, &name, arguments.force, dry_run)
+            .delete_object(&resource, &namespace, &name, how)
             .await;
         match deleted {
             Ok(uid) => {

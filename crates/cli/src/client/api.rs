@@ -356,6 +356,15 @@ fn essence(object: &Value) -> Value {
     object
 }
 
+/// How an object is deleted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Deletion {
+    /// Without waiting for what a site runs.
+    pub force: bool,
+    /// Not at all: only whether it could be.
+    pub dry_run: bool,
+}
+
 impl Client {
     /// The kinds under `krake.dev/v1`.
     ///
@@ -426,8 +435,7 @@ impl Client {
     }
 
     /// Deletes an object; the one that is there now, and no other of the same name that may come
-    /// later. Returns its UID; it may still be there for a while (finalizers), a site for less long
-    /// with `force`.
+    /// later. Returns its UID; it may still be there for a while (finalizers).
     ///
     /// # Errors
     /// When no node answers, or one says no.
@@ -436,8 +444,7 @@ impl Client {
         resource: &Resource,
         namespace: &str,
         name: &str,
-        force: bool,
-        dry_run: bool,
+        how: Deletion,
     ) -> Result<String, ClientError> {
         let path = resource.object(namespace, name);
         let object = self.get(&path).await?;
@@ -445,10 +452,10 @@ impl Client {
         let uid = uid.unwrap_or_default().to_owned();
         let mut options =
             json!({"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}});
-        if force {
+        if how.force {
             options["gracePeriodSeconds"] = json!(0);
         }
-        if dry_run {
+        if how.dry_run {
             // Kubernetes ignores the query beside a body.
             options["dryRun"] = json!(["All"]);
         }

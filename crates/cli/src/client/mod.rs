@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 pub use api::{
     Applied, ApplyOptions, ApplyOutcome, ConsensusGroup, ConsensusPeer, ConsensusPeers,
-    ConsensusStatus, CreatedToken, DecisionSummary, FIELD_MANAGER, FederationName,
+    ConsensusStatus, CreatedToken, DecisionSummary, Deletion, FIELD_MANAGER, FederationName,
     FederationStatus, GroupStatus, Resource, SiteStatus, TokenInfo, Transferred, Why, encode,
 };
 pub use error::{Attempt, ClientError, FieldCause, Refusal};

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use krake_cli::Client;
-use krake_cli::client::{APPLY_PATCH, ApplyOutcome, ClientError, Watch, WatchEventKind};
+use krake_cli::client::{APPLY_PATCH, ApplyOutcome, ClientError, Deletion, Watch, WatchEventKind};
 use serde_json::{Value, json};
 
 use super::federation::{self, Federation, TOKEN};
@@ -169,13 +169,15 @@ fn a_delete_is_of_the_object_that_was_there() {
     run(async {
         client.apply(&object("shop")).await.unwrap();
         let uid = client
-            .delete_object(&apps, "default", "shop", false)
+            .delete_object(&apps, "default", "shop", Deletion::default())
             .await
             .unwrap();
         let stored = client.get(&format!("{APPS}/shop")).await.unwrap();
         assert_eq!(stored["metadata"]["uid"], uid.as_str());
         assert!(stored["metadata"]["deletionTimestamp"].is_string());
-        let error = client.delete_object(&apps, "default", "other", false).await;
+        let error = client
+            .delete_object(&apps, "default", "other", Deletion::default())
+            .await;
         assert!(error.unwrap_err().is_not_found());
     });
 }

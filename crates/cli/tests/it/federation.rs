@@ -67,7 +67,7 @@ impl Federation {
                     hold_for: minute,
                     max_metric_age: minute,
                 },
-                staying: Arc::new(|| vec!["dresden".to_owned(), "oslo".to_owned()]),
+                may_leave: Arc::new(|_| true),
             }),
             version: json!({"major": "1", "minor": "33", "gitVersion": "v1.33.0+krake-test"}),
             field_validation: FieldValidation::Strict,

@@ -172,9 +172,9 @@ impl Group {
             Some(Step::Demote(id) | Step::Remove(id) | Step::Replace { old: id, .. })
                 if id == own =>
             {
-                if let Some(next) = desired.iter().find(|id| **id != own && voters.contains(id)) {
-                    self.rouse();
-                    self.raw.transfer_leader(*next);
+                let next = self.successors();
+                if let Some(next) = next.into_iter().find(|id| desired.contains(id)) {
+                    self.transfer(next);
                 }
                 return;
             }

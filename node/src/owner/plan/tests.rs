@@ -264,8 +264,12 @@ fn an_app_that_must_not_run_twice_waits_for_its_lost_site_until_that_has_left() 
     let mut play = Play::with(&[20.0, 300.0], failover);
     play.settle();
     play.report(1, ReportedState::Ready);
-    play.world.lost.insert(node(1));
     play.world.sites[0].leaving = true;
+    play.world.suspect.insert(node(1));
+    play.pass(60_000);
+    play.settle();
+    assert_eq!(play.copies(), "site1:active");
+    play.world.lost.insert(node(1));
     play.pass(60_000);
     play.settle();
     assert_eq!(play.copies(), "site1:active");

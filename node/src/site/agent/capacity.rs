@@ -58,6 +58,9 @@ impl Agent {
         let Some(backend) = backend else {
             return refused(format!("this site has no backend `{}`", request.backend));
         };
+        if self.inner.federation.is_leaving() {
+            return refused("this site is leaving the federation".to_owned());
+        }
         let Ok(components) = serde_json::from_slice(&request.manifests) else {
             return refused("the manifests cannot be read".to_owned());
         };

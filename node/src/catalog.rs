@@ -75,8 +75,9 @@ impl Catalog {
             .collect()
     }
 
-    /// Who is leaving, as this node's replica of the meta group has it; not who has only just begun.
-    pub fn leaving(&self) -> BTreeMap<NodeId, Leaving> {
+    /// What was noted of those that are leaving, as this node's replica of the meta group has it; nothing
+    /// of who has only just begun.
+    pub fn leave_records(&self) -> BTreeMap<NodeId, Leaving> {
         self.by_node(records::LEAVING)
     }
 

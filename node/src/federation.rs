@@ -173,7 +173,7 @@ impl Federation {
     /// Whether this node has not heard of another one for so long that displays may call it lost.
     pub fn is_unheard(&self, node: &NodeId) -> bool {
         let silence = self.network.opinions().silence.get(node).copied();
-        *node != self.own && silence.is_none_or(|silence| silence >= self.lost_after)
+        silence.is_some_and(|silence| silence >= self.lost_after)
     }
 
     /// What is seen now.

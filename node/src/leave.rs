@@ -7,7 +7,7 @@ use krake_model::Timestamp;
 use serde_json::{Value, json};
 
 use crate::config::Config;
-use crate::datadir::DataDir;
+use crate::datadir::{DataDir, DataDirError};
 use crate::kinds::{GROUP, VERSION};
 
 /// How often the site is looked at.
@@ -26,14 +26,14 @@ pub enum Left {
     Begun,
 }
 
-/// Asks the running node of this site to leave, and waits until it has: first its applications move
-/// to other sites, then its votes; with `force` nothing waits for the applications, and those that are
-/// still here go on without the federation. `say` is told
-/// what it waits for, each time that this changes. Where the waiting is cancelled, the site goes on
-/// leaving.
+/// Asks the running node of this site to leave, and waits until it has stopped: first its applications
+/// move to other sites, then its votes; with `force` nothing waits for the applications, and those that
+/// are still here go on without the federation. `say` is told what it waits for, each time that this
+/// changes. Where the waiting is cancelled, the site goes on leaving.
 ///
 /// # Errors
-/// When the node does not run, may not leave, or stopped before it was let go.
+/// When the node does not run, may not leave, tells nothing for a minute, or its leaving was called off
+/// because every other site was to leave, too.
 pub async fn leave(
     config: &Config,
     force: bool,
@@ -71,6 +71,7 @@ pub async fn leave(
     loop {
         tokio::time::sleep(INTERVAL).await;
         if let Some(left_at) = DataDir::left_at(&config.node.data_dir)? {
+            stopped(config).await?;
             return Ok(Left::Gone(left_at));
         }
         let object: Option<Value> = match http.get(&url).send().await {
@@ -81,7 +82,7 @@ pub async fn leave(
         let Some(object) = object else {
             if answered_at.elapsed() > STALL {
                 bail!(
-                    "the node has not told about its site for {} s; while it runs it goes on leaving: look at its log, and start it where it has stopped",
+                    "the node has not told about its site for {} s: it goes on leaving, or has left and nobody could tell it so; krakectl get sites at another site and its log tell which. Start it where it has stopped",
                     STALL.as_secs()
                 );
             }
@@ -97,6 +98,19 @@ pub async fn leave(
         if let Some(waits) = waits.filter(|waits| *waits != told) {
             waits.clone_into(&mut told);
             say(waits);
+        }
+    }
+}
+
+/// Waits until the node lets go of its data directory.
+async fn stopped(config: &Config) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match DataDir::open_existing(&config.node.data_dir) {
+            Err(DataDirError::Locked { .. }) if begun.elapsed() < STALL => {
+                tokio::time::sleep(INTERVAL / 4).await;
+            }
+            opened => return Ok(opened.map(drop)?),
         }
     }
 }

@@ -30,14 +30,13 @@ use crate::rpc::{Reply, Request};
 
 /// A member that is silent for longer than this may be replaced as a voter.
 const VOTER_SILENCE: Duration = Duration::from_secs(60);
-/// A member that was silent for longer was not there without a break,
-const BREAK: Duration = Duration::from_secs(10);
-/// and one that was there for this long may vote in the place of another one that is there.
+/// A member that was heard of without a break for this long may vote in the place of another one that
+/// is there.
 const STEADY: Duration = Duration::from_secs(60);
 /// A member with a longer round trip is far: leaders go to where they are asked, rather than spread.
 const FAR: Duration = Duration::from_millis(20);
-/// How often it is looked whose silence has come to that.
-const VOTERS_INTERVAL: Duration = Duration::from_secs(5);
+/// How often it is looked who is silent, and who has been there for long enough.
+const VOTERS_INTERVAL: Duration = Duration::from_secs(2);
 /// How often another member is asked for the members while the catalog here does not tell them.
 const CATCH_UP_INTERVAL: Duration = Duration::from_secs(1);
 /// The replica id of a member that has none: the catalog was restored without it, and what it has
@@ -158,6 +157,7 @@ pub fn info_of(member: &Member, alive: bool) -> MemberInfo {
         grid_zone: member.site.location.grid_zone.clone(),
         country: member.site.location.country.clone(),
         alive,
+        heard: alive,
         steady: alive,
         leaving: false,
         far: false,
@@ -238,27 +238,29 @@ impl Follower {
 
     async fn tell_voters(&mut self) {
         let federation = &self.federation;
-        let opinions = federation.network.opinions();
+        let silence = federation.network.opinions().silence;
+        let unheard = federation.network.unheard();
         let rtts = federation.network.rtts();
-        let leaving = federation.catalog.leaving();
+        let leaving = federation.catalog.leave_records();
         let gives_votes = |node: &NodeId| leaving.get(node).is_some_and(|l| l.gives_votes);
         let now = Instant::now();
-        let silent_for = |node: &NodeId| match node == &federation.own {
-            true => Duration::ZERO,
-            false => opinions.silence.get(node).copied().unwrap_or_default(),
-        };
         let members = &self.membership.members;
         let nodes = members.iter().map(|member| member.node);
-        let there = nodes.filter(|node| silent_for(node) < BREAK).collect();
+        let there = nodes.filter(|node| !unheard.contains_key(node)).collect();
         self.presence.note(&there, now);
         let infos = members
             .iter()
             .filter(|member| member.replica != NO_REPLICA)
-            .map(|member| MemberInfo {
-                steady: self.presence.is_steady(&member.node, now),
-                leaving: gives_votes(&member.node),
-                far: rtts.get(&member.node).is_some_and(|rtt| *rtt > FAR),
-                ..info_of(member, silent_for(&member.node) < VOTER_SILENCE)
+            .map(|member| {
+                let silence = silence.get(&member.node);
+                let alive = silence.is_none_or(|silence| *silence < VOTER_SILENCE);
+                MemberInfo {
+                    heard: there.contains(&member.node),
+                    steady: self.presence.is_steady(&member.node, now),
+                    leaving: gives_votes(&member.node),
+                    far: rtts.get(&member.node).is_some_and(|rtt| *rtt > FAR),
+                    ..info_of(member, alive)
+                }
             })
             .collect();
         federation.catalog.host.set_members(infos).await;
@@ -355,7 +357,12 @@ impl Follower {
             let others: Vec<&Member> = members.filter(|member| member.node != own).collect();
             if let Some(asked) = others.get(self.turn % others.len().max(1)) {
                 let network = &self.federation.network;
-                let left = self.standing.ask(network, asked, others.len()).await;
+                // The federation knows that it wants to leave, so one is enough that says it has.
+                let count = match self.federation.is_leaving() {
+                    true => 1,
+                    false => others.len(),
+                };
+                let left = self.standing.ask(network, asked, count).await;
                 if left.is_some() {
                     self.left.send_replace(left);
                     return;

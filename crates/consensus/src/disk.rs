@@ -56,7 +56,7 @@ pub enum DiskError {
     Io(String),
     /// There is no room left. Nothing of the last write may be relied on; the catalog can be
     /// opened again as after a crash.
-    #[error("there is no room left for the catalog in {}: free some, this node then goes on by itself", .0.display())]
+    #[error("there is no room left for the catalog in {}: free 64 MiB or more, this node then goes on by itself", .0.display())]
     Full(PathBuf),
     /// There is nothing where the catalog should be.
     #[error("there is no catalog in {}: what this node promised to the others is lost", .0.display())]

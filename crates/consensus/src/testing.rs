@@ -29,6 +29,7 @@ pub(crate) fn members(count: u64, away: &[u64]) -> Vec<MemberInfo> {
         grid_zone: String::new(),
         country: String::new(),
         alive: !away.contains(&replica),
+        heard: !away.contains(&replica),
         steady: true,
         leaving: false,
         far: false,

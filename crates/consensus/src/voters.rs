@@ -17,8 +17,10 @@ pub struct MemberInfo {
     pub grid_zone: String,
     /// and countries.
     pub country: String,
-    /// Whether it is thought reachable.
+    /// Whether it is thought reachable: else it may lose its votes.
     pub alive: bool,
+    /// Whether it was heard of within the last seconds: only then it gets one.
+    pub heard: bool,
     /// Whether it has been so for long enough to take a vote from one that is alive, too.
     pub steady: bool,
     /// Whether it is about to leave: it votes only where nobody else can.
@@ -167,14 +169,15 @@ pub(crate) enum Step {
 /// The next step, if any: first everyone gets a replica, then voters are replaced, then added, then
 /// taken away. Of several that may go those go first that are no members, leaving or away, and `own`,
 /// which decides this, last: not before another one that stays can lead. None is taken away where
-/// those that stay could not decide anything any more.
-/// `caught_up` are learners with (nearly) the whole log.
+/// those that stay and are there could not decide anything any more. `caught_up` are learners with
+/// (nearly) the whole log, `there` voters that answered just now.
 pub(crate) fn next_step(
     members: &BTreeMap<u64, MemberInfo>,
     voters: &BTreeSet<u64>,
     learners: &BTreeSet<u64>,
     desired: &BTreeSet<u64>,
     caught_up: &BTreeSet<u64>,
+    there: &BTreeSet<u64>,
     own: u64,
 ) -> Option<Step> {
     let missing: Vec<u64> = members
@@ -188,7 +191,7 @@ pub(crate) fn next_step(
     }
     let promote = desired
         .iter()
-        .find(|id| !voters.contains(id) && caught_up.contains(id) && members[id].alive);
+        .find(|id| !voters.contains(id) && caught_up.contains(id) && members[id].heard);
     let alive = |id: &u64| members.get(id).is_some_and(|member| member.alive);
     let stays = |id: &u64| members.get(id).is_some_and(|member| !member.leaving);
     let surplus = || voters.iter().filter(|id| !desired.contains(id));
@@ -207,8 +210,8 @@ pub(crate) fn next_step(
     }
     if voters.len() > desired.len() || desired.iter().all(|id| voters.contains(id)) {
         let can_spare = |old: &&u64| {
-            let there = voters.iter().filter(|id| id != old && alive(id));
-            there.count() * 2 >= voters.len()
+            let stay = voters.iter().filter(|id| id != old && there.contains(id));
+            stay.count() * 2 >= voters.len()
         };
         let old = surplus().filter(can_spare).min_by_key(first)?;
         return Some(if members.contains_key(old) {
@@ -239,6 +242,7 @@ mod tests {
                 &nobody,
                 &BTreeSet::from(desired),
                 &nobody,
+                &there(members),
                 1,
             )
         };
@@ -274,6 +278,7 @@ mod tests {
                     grid_zone: format!("zone-{}", replica % 3),
                     country: format!("country-{}", replica % 3),
                     alive: true,
+                    heard: true,
                     steady: true,
                     leaving: false,
                     far: false,
@@ -293,6 +298,24 @@ mod tests {
         }
     }
 
+    fn there(members: &BTreeMap<u64, MemberInfo>) -> BTreeSet<u64> {
+        let there = members.iter().filter(|(_, member)| member.alive);
+        there.map(|(id, _)| *id).collect()
+    }
+
+    #[test]
+    fn a_voter_that_fell_silent_a_moment_ago_is_not_counted_on() {
+        // Nobody says yet that 1 is away, but it does not answer.
+        let mut members = members(3);
+        members.get_mut(&3).unwrap().leaving = true;
+        let voters = BTreeSet::from([1, 2, 3]);
+        let desired = BTreeSet::from([1]);
+        let none = BTreeSet::new();
+        let step = |there| next_step(&members, &voters, &none, &desired, &none, &there, 2);
+        assert_eq!(step(BTreeSet::from([2, 3])), None);
+        assert_eq!(step(BTreeSet::from([1, 2, 3])), Some(Step::Demote(3)));
+    }
+
     /// What the groups come to when they move one vote after the other.
     fn settled(group: GroupId, members: &BTreeMap<u64, MemberInfo>, from: &[u64]) -> BTreeSet<u64> {
         let mut voters: BTreeSet<u64> = from.iter().copied().collect();
@@ -300,7 +323,10 @@ mod tests {
             let desired = desired_voters(group, members, &voters);
             let everybody = members.keys().copied();
             let learners = everybody.filter(|id| !voters.contains(id)).collect();
-            match next_step(members, &voters, &learners, &desired, &learners, from[0]) {
+            let there = there(members);
+            match next_step(
+                members, &voters, &learners, &desired, &learners, &there, from[0],
+            ) {
                 None => return voters,
                 Some(Step::Promote(id)) => drop(voters.insert(id)),
                 Some(Step::Demote(id) | Step::Remove(id)) => drop(voters.remove(&id)),
@@ -423,8 +449,14 @@ mod tests {
         let desired = desired_voters(GroupId::META, &members, &voters);
         assert_eq!(desired, BTreeSet::from([2]));
         let learners = BTreeSet::from([2]);
-        let step = next_step(&members, &voters, &learners, &desired, &learners, 1);
-        assert_eq!(step, Some(Step::Promote(2)));
+        let step = |members: &BTreeMap<u64, MemberInfo>| {
+            let there = BTreeSet::from([1]);
+            next_step(members, &voters, &learners, &desired, &learners, &there, 1)
+        };
+        assert_eq!(step(&members), Some(Step::Promote(2)));
+        // Nothing could be decided without it: it has to be there.
+        members.get_mut(&2).unwrap().heard = false;
+        assert_eq!(step(&members), None);
     }
 
     #[test]
@@ -480,7 +512,9 @@ mod tests {
         loop {
             let desired = desired_voters(GroupId::META, &members, &voters);
             let all: BTreeSet<u64> = learners.clone();
-            let Some(step) = next_step(&members, &voters, &learners, &desired, &all, 1) else {
+            let there = there(&members);
+            let step = next_step(&members, &voters, &learners, &desired, &all, &there, 1);
+            let Some(step) = step else {
                 break;
             };
             match step {
@@ -517,7 +551,10 @@ mod tests {
         assert_eq!(desired, BTreeSet::from([1, 2, 3, 6, 7]));
         let step = |caught_up: &[u64], own| {
             let caught_up = caught_up.iter().copied().collect();
-            next_step(&members, &voters, &learners, &desired, &caught_up, own)
+            let there = there(&members);
+            next_step(
+                &members, &voters, &learners, &desired, &caught_up, &there, own,
+            )
         };
         assert_eq!(step(&[], 1), None, "nobody can take their place yet");
         assert_eq!(step(&[7], 1), Some(Step::Replace { by: 7, old: 5 }));

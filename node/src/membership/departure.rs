@@ -1,7 +1,7 @@
 //! How a member leaves: what still keeps it, letting it go, and learning of it.
 //!
 //! A site whose object is deleted is leaving: its applications move to other sites, and its node leads
-//! nothing any more. When nothing of them is left, it gives its votes away, and when it has none, the
+//! nothing that another one can lead. When nothing of them is left, it gives its votes away, and when it has none, the
 //! leader of the meta group, which looks what is left, lets it go: one command takes it from the members
 //! and notes that it left. Until then it is a member like the others, for what depends on it must be able
 //! to speak with it.
@@ -47,6 +47,8 @@ struct Rest {
     votes: usize,
     /// It began to leave not long ago.
     young: bool,
+    /// It was noted that its votes go to others: nobody gives it one any more.
+    gives_votes: bool,
     /// It is not heard of.
     unheard: bool,
     /// It goes without waiting for what runs there.
@@ -92,7 +94,8 @@ fn next(site: &str, rest: &Rest) -> Next {
         return Next::Wait("waiting for what may be on its way to it".to_owned());
     }
     match rest.votes {
-        0 => Next::LetGo,
+        0 if rest.gives_votes => Next::LetGo,
+        0 => Next::GiveVotes("it is about to go".to_owned()),
         1 => Next::GiveVotes("still there: its vote in 1 group".to_owned()),
         votes => Next::GiveVotes(format!("still there: its votes in {votes} groups")),
     }
@@ -165,13 +168,30 @@ async fn look(federation: &Federation, since: &BTreeMap<NodeId, Instant>) -> any
             None => Ok(()),
         };
     }
+    let noted = catalog.leave_records();
     for leaver in &leavers {
+        let known = noted.get(&leaver.member.node);
+        let gives_votes = known.is_some_and(|known| known.gives_votes);
         let next = match &fresh {
-            Err(error) => Next::Wait(format!("it is not known what is still there: {error}")),
-            Ok(()) => next(
-                &leaver.member.site.name,
-                &rest(federation, leaver, since).await?,
-            ),
+            Err(error) => {
+                let waits = format!("it is not known what is still there: {error}");
+                if gives_votes {
+                    Next::GiveVotes(waits)
+                } else {
+                    Next::Wait(waits)
+                }
+            }
+            Ok(()) => {
+                let young = since
+                    .get(&leaver.member.node)
+                    .is_none_or(|at| at.elapsed() < SETTLE);
+                let rest = Rest {
+                    gives_votes,
+                    young: young && !gives_votes,
+                    ..rest(federation, leaver).await?
+                };
+                next(&leaver.member.site.name, &rest)
+            }
         };
         match next {
             Next::Wait(waits) => tell(catalog, leaver, waits, false).await?,
@@ -228,11 +248,8 @@ async fn call_off(catalog: &Catalog, leaver: &Leaver) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn rest(
-    federation: &Federation,
-    leaver: &Leaver,
-    since: &BTreeMap<NodeId, Instant>,
-) -> anyhow::Result<Rest> {
+/// What there is of it; when it began is not known here.
+async fn rest(federation: &Federation, leaver: &Leaver) -> anyhow::Result<Rest> {
     let (catalog, node) = (federation.catalog.clone(), leaver.member.node);
     let apps = tokio::task::spawn_blocking(move || apps_at(&catalog, &node)).await?;
     let replica = leaver.member.replica;
@@ -248,13 +265,13 @@ async fn rest(
     Ok(Rest {
         apps,
         votes,
-        young: since.get(&node).is_none_or(|at| at.elapsed() < SETTLE),
         unheard: federation.is_unheard(&node),
         forced: leaver.forced(),
         held_by: held_by
             .filter(|name| *name != MEMBER_FINALIZER)
             .map(ToOwned::to_owned)
             .collect(),
+        ..Rest::default()
     })
 }
 
@@ -444,7 +461,13 @@ mod tests {
             panic!("it votes")
         };
         assert!(text.contains("its votes in 4 groups"), "{text}");
-        assert_eq!(next("oslo", &rest(&[], 0)), Next::LetGo);
+        // Nobody may be about to give it one.
+        assert!(matches!(next("oslo", &rest(&[], 0)), Next::GiveVotes(_)));
+        let told = Rest {
+            gives_votes: true,
+            ..rest(&[], 0)
+        };
+        assert_eq!(next("oslo", &told), Next::LetGo);
     }
 
     #[test]
@@ -452,6 +475,7 @@ mod tests {
         let forced = |votes| Rest {
             forced: true,
             young: true,
+            gives_votes: true,
             ..rest(&["shop"], votes)
         };
         assert_eq!(next("oslo", &forced(0)), Next::LetGo);

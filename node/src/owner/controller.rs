@@ -265,7 +265,7 @@ impl Owner {
         }
     }
 
-    fn spawn_release(&self, groups: Vec<GroupId>) {
+    pub(super) fn spawn_release(&self, groups: Vec<GroupId>) {
         if !groups.is_empty() {
             tokio::spawn(self.clone().release_departed(groups));
         }

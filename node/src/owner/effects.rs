@@ -377,6 +377,10 @@ impl<'a> Effects<'a> {
             });
         }
         self.propose(group, operations).await?;
+        if tombstone.is_some() {
+            // It may have been decided before one of its sites left.
+            self.owner.spawn_release(vec![group]);
+        }
         info!(%app, "the app is gone");
         Ok(())
     }

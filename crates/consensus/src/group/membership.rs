@@ -164,7 +164,14 @@ impl Group {
             })
             .copied()
             .collect();
-        let step = voters::next_step(members, &voters, &learners, &desired, &caught_up, own);
+        let answers = |id: &u64| {
+            let progress = self.raw.raft.prs().get(*id);
+            *id == own || progress.is_some_and(|progress| self.is_active(progress))
+        };
+        let there = voters.iter().copied().filter(answers).collect();
+        let step = voters::next_step(
+            members, &voters, &learners, &desired, &caught_up, &there, own,
+        );
         let change = match step {
             None => return,
             Some(Step::AddLearners(ids)) => ConfigurationChange::AddLearners(ids),

@@ -66,6 +66,7 @@ async fn a_full_disk_makes_the_node_read_only_until_there_is_room() {
         grid_zone: String::new(),
         country: String::new(),
         alive: true,
+        heard: true,
         steady: true,
         leaving: false,
         far: false,

@@ -141,6 +141,7 @@ pub fn members(replicas: &[u64]) -> Vec<MemberInfo> {
             grid_zone: "zone".to_owned(),
             country: "country".to_owned(),
             alive: true,
+            heard: true,
             steady: true,
             leaving: false,
             far: false,

@@ -94,6 +94,7 @@ fn members(own: u64) -> Vec<MemberInfo> {
             grid_zone: String::new(),
             country: String::new(),
             alive: true,
+            heard: true,
             steady: true,
             leaving: false,
             far: replica != own,

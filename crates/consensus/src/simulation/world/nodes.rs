@@ -153,6 +153,7 @@ impl World<'_> {
                 grid_zone: format!("zone-{}", replica % 3),
                 country: format!("country-{}", replica % 3),
                 alive: !away(node),
+                heard: node.process.is_some(),
                 steady: node.process.is_some() && node.started_at + STEADY < self.now,
                 leaving: node.leaving,
                 far: replica.is_multiple_of(2),

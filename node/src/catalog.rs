@@ -1,6 +1,6 @@
 //! The catalog as the node uses it: which group holds what, and reading records.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use krake_consensus::{Entry, Host};
@@ -79,6 +79,13 @@ impl Catalog {
     /// of who has only just begun.
     pub fn leave_records(&self) -> BTreeMap<NodeId, Leaving> {
         self.by_node(records::LEAVING)
+    }
+
+    /// Of these, who is to give its votes away.
+    pub fn giving_votes(&self) -> BTreeSet<NodeId> {
+        let noted = self.leave_records().into_iter();
+        let giving = noted.filter(|(_, record)| record.gives_votes);
+        giving.map(|(node, _)| node).collect()
     }
 
     /// Who left, as this node's replica of the meta group has it.

@@ -39,6 +39,8 @@ pub struct Federation {
     pub lost_after: Duration,
     /// What is committed of the sites, as of a revision of the meta group: every decision needs it.
     pub sites: Arc<Mutex<(Revision, Arc<Committed>)>>,
+    /// Members that this node's groups know to be giving their votes away.
+    pub giving_votes: Arc<Mutex<BTreeSet<NodeId>>>,
 }
 
 impl std::fmt::Debug for Federation {

@@ -195,6 +195,43 @@ fn merged(known: &[Member], told: Vec<Member>, left: &BTreeMap<NodeId, Departure
     members
 }
 
+/// What is seen of the members.
+#[derive(Debug, Default)]
+struct Seen {
+    silence: BTreeMap<NodeId, Duration>,
+    rtts: BTreeMap<NodeId, Duration>,
+    heard: BTreeSet<NodeId>,
+}
+
+/// The members as the choice of voters and leaders is to see them. `giving` are those that are to give
+/// their votes away.
+fn infos(
+    members: &[Member],
+    giving: &BTreeSet<NodeId>,
+    departures: &BTreeMap<NodeId, Departure>,
+    seen: &Seen,
+    is_steady: impl Fn(&NodeId) -> bool,
+) -> Vec<MemberInfo> {
+    let members = members.iter();
+    let stays =
+        |member: &&Member| member.replica != NO_REPLICA && !departures.contains_key(&member.node);
+    members
+        .filter(stays)
+        .map(|member| {
+            let node = &member.node;
+            let silence = seen.silence.get(node);
+            let alive = silence.is_none_or(|silence| *silence < VOTER_SILENCE);
+            MemberInfo {
+                heard: seen.heard.contains(node),
+                steady: is_steady(node),
+                leaving: giving.contains(node),
+                far: seen.rtts.get(node).is_some_and(|rtt| *rtt > FAR),
+                ..info_of(member, alive)
+            }
+        })
+        .collect()
+}
+
 /// Follows who the members are, and tells network and catalog.
 #[derive(Debug)]
 pub struct Follower {
@@ -238,32 +275,29 @@ impl Follower {
 
     async fn tell_voters(&mut self) {
         let federation = &self.federation;
-        let silence = federation.network.opinions().silence;
+        // In this order: the command that lets a member go takes away the one and adds the other, so
+        // none is missing in both.
+        let giving = federation.catalog.giving_votes();
+        let departures = federation.catalog.departures();
         let unheard = federation.network.unheard();
-        let rtts = federation.network.rtts();
-        let leaving = federation.catalog.leave_records();
-        let gives_votes = |node: &NodeId| leaving.get(node).is_some_and(|l| l.gives_votes);
         let now = Instant::now();
-        let members = &self.membership.members;
-        let nodes = members.iter().map(|member| member.node);
-        let there = nodes.filter(|node| !unheard.contains_key(node)).collect();
-        self.presence.note(&there, now);
-        let infos = members
-            .iter()
-            .filter(|member| member.replica != NO_REPLICA)
-            .map(|member| {
-                let silence = silence.get(&member.node);
-                let alive = silence.is_none_or(|silence| *silence < VOTER_SILENCE);
-                MemberInfo {
-                    heard: there.contains(&member.node),
-                    steady: self.presence.is_steady(&member.node, now),
-                    leaving: gives_votes(&member.node),
-                    far: rtts.get(&member.node).is_some_and(|rtt| *rtt > FAR),
-                    ..info_of(member, alive)
-                }
-            })
-            .collect();
+        let nodes = self.membership.members.iter().map(|member| member.node);
+        let heard = nodes.filter(|node| !unheard.contains_key(node)).collect();
+        self.presence.note(&heard, now);
+        let seen = Seen {
+            silence: federation.network.opinions().silence,
+            rtts: federation.network.rtts(),
+            heard,
+        };
+        let infos = infos(
+            &self.membership.members,
+            &giving,
+            &departures,
+            &seen,
+            |node| self.presence.is_steady(node, now),
+        );
         federation.catalog.host.set_members(infos).await;
+        *federation.giving_votes.lock() = giving;
     }
 
     /// Follows until this node has left or the program ends; the members are kept in the data
@@ -298,11 +332,11 @@ impl Follower {
                     if touched("sites/") {
                         self.follow_site().await;
                     }
-                    if touched(records::LEAVING) {
-                        self.tell_voters().await;
-                    }
                     if touched(records::MEMBERS) || touched(records::DEPARTED) {
                         self.take(self.federation.catalog.members()).await;
+                    }
+                    if touched(records::LEAVING) {
+                        self.tell_voters().await;
                     }
                 }
                 _ = care.tick() => self.tell_voters().await,
@@ -412,5 +446,74 @@ impl Follower {
                 Vec::new()
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use krake_model::{SiteRecord, Timestamp};
+
+    use super::*;
+
+    fn member(number: u8) -> Member {
+        Member {
+            node: NodeId::from_bytes([number; 32]),
+            replica: u64::from(number),
+            site: SiteRecord::default(),
+            addresses: Vec::new(),
+            joined_at: Timestamp::from_millis(0),
+        }
+    }
+
+    fn left(number: u8) -> BTreeMap<NodeId, Departure> {
+        let departure = Departure {
+            site: "oslo".to_owned(),
+            left_at: Timestamp::from_millis(1),
+            forced: false,
+        };
+        BTreeMap::from([(member(number).node, departure)])
+    }
+
+    #[test]
+    fn who_left_is_a_member_no_more_whoever_says_so_and_who_is_not_told_of_is_one() {
+        let known = [member(1), member(2), member(3)];
+        assert_eq!(merged(&known, vec![member(1)], &BTreeMap::new()), known);
+        let told = vec![member(1), member(3), member(4)];
+        let members = merged(&known, told, &left(3));
+        assert_eq!(members, [member(1), member(2), member(4)]);
+    }
+
+    #[test]
+    fn who_gave_its_votes_away_gets_none_back_when_it_is_let_go() {
+        // The list of the members is a moment older than what the catalog says.
+        let members = [member(1), member(2), member(3)];
+        let voters = |giving: &[u8], departures| {
+            let giving = giving.iter().map(|number| member(*number).node).collect();
+            let seen = Seen {
+                heard: members.iter().map(|member| member.node).collect(),
+                ..Seen::default()
+            };
+            let infos = infos(&members, &giving, &departures, &seen, |_| true);
+            let infos = infos.into_iter().map(|info| (info.replica, info)).collect();
+            krake_consensus::desired_voters(GroupId::META, &infos, &BTreeSet::from([2]))
+        };
+        assert_eq!(voters(&[], BTreeMap::new()).len(), 3);
+        assert_eq!(voters(&[3], BTreeMap::new()), BTreeSet::from([2]));
+        assert_eq!(voters(&[], left(3)), BTreeSet::from([2]));
+    }
+
+    #[test]
+    fn one_that_is_silent_for_a_moment_begins_anew_to_be_steady() {
+        let mut presence = Presence::default();
+        let (node, start) = (member(1).node, Instant::now());
+        let (there, away) = (BTreeSet::from([node]), BTreeSet::new());
+        presence.note(&there, start);
+        presence.note(&there, start + STEADY);
+        assert!(!presence.is_steady(&node, start + STEADY / 2));
+        assert!(presence.is_steady(&node, start + STEADY));
+        presence.note(&away, start + STEADY);
+        presence.note(&there, start + STEADY);
+        assert!(!presence.is_steady(&node, start + STEADY));
+        assert!(presence.is_steady(&node, start + STEADY * 2));
     }
 }

@@ -1,5 +1,6 @@
 //! The node's end of the network: what arrives, and how the catalog's bytes leave.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use async_trait::async_trait;
 use krake_consensus::{Host, Transport};
 use krake_gossip::{Handler, Network};
 use krake_model::{Member, NodeId};
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use crate::records::{self, CopyReport};
@@ -92,6 +94,8 @@ pub struct Parts {
     pub owns: Arc<dyn Fn(&krake_model::AppKey) -> bool + Send + Sync>,
     /// The members this node knows.
     pub members: Arc<dyn Fn() -> Vec<Member> + Send + Sync>,
+    /// Members that this node's groups know to be giving their votes away.
+    pub giving_votes: Arc<Mutex<BTreeSet<NodeId>>>,
     /// The door.
     pub door: Arc<dyn Admit>,
 }
@@ -121,6 +125,9 @@ impl NodeHandler {
             },
             Ok(Request::Members) => Reply::Members((parts.members)()),
             Ok(Request::Readmit) => parts.door.readmit(from).await,
+            Ok(Request::GivesVotes(node)) => {
+                Reply::Noted(vec![parts.giving_votes.lock().contains(&node)])
+            }
             Ok(Request::Reserve(request)) => parts.agent.reserve(request).await,
             Ok(Request::Copies(reports)) => {
                 let mut noted = Vec::new();

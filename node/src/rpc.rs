@@ -4,7 +4,7 @@
 
 use krake_model::codec::{self, CodecError};
 use krake_model::member::SignedInvitation;
-use krake_model::{AppUid, Member, Resources, SiteRecord, Timestamp};
+use krake_model::{AppUid, Member, NodeId, Resources, SiteRecord, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::records::Departure;
@@ -24,6 +24,9 @@ pub enum Request {
     Members,
     /// To any member, from a member that has lost its catalog: it needs another replica id.
     Readmit,
+    /// To any member: whether its groups know that this one gives its votes away. The answer is
+    /// [`Reply::Noted`].
+    GivesVotes(NodeId),
 }
 
 /// A reply between members.
@@ -88,7 +91,7 @@ pub struct JoinRequest {
     /// The invitation.
     pub invitation: SignedInvitation,
     /// Who joins.
-    pub node: krake_model::NodeId,
+    pub node: NodeId,
     /// Its site.
     pub site: SiteRecord,
     /// Its addresses.

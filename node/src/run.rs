@@ -150,6 +150,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         site: config.site.name.as_str().into(),
         lost_after: config.defaults.detect_after,
         sites: Arc::default(),
+        giving_votes: Arc::default(),
     };
     let mut node = compose(
         &config, &data, stored, &identity, boot, federation, backends, &handler,
@@ -270,6 +271,7 @@ async fn compose(
             let catalog = federation.catalog.clone();
             Arc::new(move || catalog.members())
         },
+        giving_votes: Arc::clone(&federation.giving_votes),
         door: Arc::new(Door::new(federation.clone())),
     });
     let follower = Follower::start(federation.clone(), Arc::clone(data), stored).await;

@@ -20,8 +20,9 @@ use super::put;
 use crate::catalog::{Catalog, PATIENCE};
 use crate::federation::{Federation, now};
 use crate::kinds::{FORCED, MEMBER_FINALIZER};
+use crate::owner::plan::{Sight, World as _};
 use crate::records::{self, AssignRecord, Departure, Leaving, Tombstone};
-use crate::rpc::{self, JoinReply, Knock};
+use crate::rpc::{self, JoinReply, Knock, Reply, Request};
 
 /// How often it is looked what keeps those that are leaving.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -47,8 +48,10 @@ struct Rest {
     votes: usize,
     /// It began to leave not long ago.
     young: bool,
-    /// It was noted that its votes go to others: nobody gives it one any more.
+    /// It was noted that its votes go to others,
     gives_votes: bool,
+    /// and these do not know it yet: they could give it one again.
+    unaware: Vec<String>,
     /// It is not heard of.
     unheard: bool,
     /// It goes without waiting for what runs there.
@@ -94,7 +97,10 @@ fn next(site: &str, rest: &Rest) -> Next {
         return Next::Wait("waiting for what may be on its way to it".to_owned());
     }
     match rest.votes {
-        0 if rest.gives_votes => Next::LetGo,
+        0 if rest.gives_votes && rest.unaware.is_empty() => Next::LetGo,
+        0 if rest.gives_votes => {
+            Next::GiveVotes(format!("not known yet at {}", rest.unaware.join(", ")))
+        }
         0 => Next::GiveVotes("it is about to go".to_owned()),
         1 => Next::GiveVotes("still there: its vote in 1 group".to_owned()),
         votes => Next::GiveVotes(format!("still there: its votes in {votes} groups")),
@@ -143,6 +149,11 @@ impl Leaver {
 async fn look(federation: &Federation, since: &BTreeMap<NodeId, Instant>) -> anyhow::Result<()> {
     let catalog = &federation.catalog;
     let groups = Catalog::all_groups(catalog.shards);
+    let mut unaware = BTreeMap::new();
+    for node in catalog.giving_votes() {
+        unaware.insert(node, unaware_of(federation, &node).await);
+    }
+    // Behind that: who knew it has given it no vote since.
     let fresh = catalog.host.read_barrier(&groups, PATIENCE).await;
     let leaving = federation.leaving();
     let members = catalog.members();
@@ -185,8 +196,10 @@ async fn look(federation: &Federation, since: &BTreeMap<NodeId, Instant>) -> any
                 let young = since
                     .get(&leaver.member.node)
                     .is_none_or(|at| at.elapsed() < SETTLE);
+                let asked = unaware.remove(&leaver.member.node);
                 let rest = Rest {
-                    gives_votes,
+                    gives_votes: gives_votes && asked.is_some(),
+                    unaware: asked.unwrap_or_default(),
                     young: young && !gives_votes,
                     ..rest(federation, leaver).await?
                 };
@@ -246,6 +259,29 @@ async fn call_off(catalog: &Catalog, leaver: &Leaver) -> anyhow::Result<()> {
         "every site was to leave: this one stays, for the federation would be lost with it"
     );
     Ok(())
+}
+
+/// Sites that may lead groups and do not know that `node` gives its votes away. One that counts as lost
+/// leads nothing.
+async fn unaware_of(federation: &Federation, node: &NodeId) -> Vec<String> {
+    let moment = federation.moment();
+    let members = federation.catalog.members();
+    let asked = members.iter().filter(|member| {
+        let is_lost = || moment.sight(&member.node, federation.lost_after) == Sight::Lost;
+        member.node != *node && !is_lost()
+    });
+    let answers = asked.map(async |member| {
+        let knows = if member.node == federation.own {
+            federation.giving_votes.lock().contains(node)
+        } else {
+            let question = Request::GivesVotes(*node);
+            let answer = crate::net::ask(&federation.network, member.node, &question).await;
+            matches!(answer, Ok(Reply::Noted(known)) if known == [true])
+        };
+        (!knows).then(|| member.site.name.clone())
+    });
+    let answers = futures::future::join_all(answers).await;
+    answers.into_iter().flatten().collect()
 }
 
 /// What there is of it; when it began is not known here.
@@ -468,6 +504,14 @@ mod tests {
             ..rest(&[], 0)
         };
         assert_eq!(next("oslo", &told), Next::LetGo);
+        let told = Rest {
+            unaware: vec!["paris".to_owned()],
+            ..told
+        };
+        let Next::GiveVotes(text) = next("oslo", &told) else {
+            panic!("paris could give it one")
+        };
+        assert!(text.contains("paris"), "{text}");
     }
 
     #[test]

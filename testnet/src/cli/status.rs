@@ -111,7 +111,8 @@ impl View {
 }
 
 /// One word for what the processes of a site do.
-fn doing(site: &SiteState) -> &'static str {
+fn doing(directory: &Directory, site: &SiteState) -> &'static str {
+    let has_left = || directory.data(&site.profile.name).join("left").exists();
     let cluster_runs = !site.cluster.is_empty() && site.cluster_alive().len() == site.cluster.len();
     match (site.wish, site.node_alive(), cluster_runs) {
         (Wish::Paused, _, _) => "paused",
@@ -120,6 +121,7 @@ fn doing(site: &SiteState) -> &'static str {
         (Wish::NodeKilled, false, true) => "node killed",
         (Wish::Stopped, false, _) => "stopped",
         (_, true, false) => "cluster died",
+        (_, false, true) if has_left() => "left",
         (_, false, true) => "node died",
         (_, false, false) => "died",
     }
@@ -135,7 +137,7 @@ pub fn plain_table() -> Table {
 }
 
 /// The sites for people.
-pub fn site_table(state: &State, view: &View) -> String {
+pub fn site_table(directory: &Directory, state: &State, view: &View) -> String {
     let mut table = plain_table();
     table.set_header([
         "SITE",
@@ -161,7 +163,7 @@ pub fn site_table(state: &State, view: &View) -> String {
             let value = profile.metrics.get(metric);
             value.map_or_else(String::new, |value| format!("{value:.digits$}"))
         };
-        let state = match (doing(site), view.seen(name)) {
+        let state = match (doing(directory, site), view.seen(name)) {
             ("running", seen) => seen,
             (doing, seen) => format!("{seen} ({doing})"),
         };
@@ -197,7 +199,7 @@ pub async fn status(directory: &Directory, output: Output) -> anyhow::Result<()>
         let sites = state.sites.iter().zip(listed).map(|(site, listed)| {
             let mut value = json!(listed);
             let name = &site.profile.name;
-            value["state"] = doing(site).into();
+            value["state"] = doing(directory, site).into();
             value["seen"] = view.seen(name).into();
             value["cutOffFrom"] = json!(site.blocked);
             value["apps"] = json!(view.apps_at(name));
@@ -222,7 +224,7 @@ pub async fn status(directory: &Directory, output: Output) -> anyhow::Result<()>
             None => "; no node answers".to_owned(),
         }
     ));
-    print(&site_table(&state, &view));
+    print(&site_table(directory, &state, &view));
     Ok(())
 }
 

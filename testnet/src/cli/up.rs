@@ -180,7 +180,11 @@ async fn show(testnet: &Testnet, state: &State, demo: bool, detach: bool) {
     let directory = testnet.directory();
     let words = Words::new(testnet, directory);
     let view = View::of(directory, state).await;
-    let mut lines = vec![String::new(), site_table(state, &view), String::new()];
+    let mut lines = vec![
+        String::new(),
+        site_table(directory, state, &view),
+        String::new(),
+    ];
     let mut runs_at = None;
     if demo {
         let why = async {

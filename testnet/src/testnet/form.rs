@@ -27,12 +27,15 @@ const STARTS_MAX: usize = 8;
 struct Parts<'a> {
     clusters: &'a Step,
     nodes: &'a Step,
+    /// Has the token.
     founder: &'a str,
+    /// Founds the federation, or lets others join.
+    first: &'a str,
     /// Sites that belong to no federation yet.
     newcomers: BTreeSet<String>,
-    /// Whether the founder is ready, so that others can join.
+    /// Whether the first one is ready, so that others can join.
     open: watch::Sender<bool>,
-    /// How many have not joined yet, the founder apart.
+    /// How many have not joined yet, the first one apart.
     absent: watch::Sender<usize>,
     starts: Semaphore,
 }
@@ -93,20 +96,26 @@ impl Testnet {
         Ok(file.save(&self.directory.contexts())?)
     }
 
-    /// All sites at once. Newcomers wait for the founder, and with running until all have joined:
-    /// on a small machine running nodes would leave the founder no time for the others.
+    /// All sites at once. Newcomers wait for the first one, and with running until all have joined:
+    /// on a small machine running nodes would leave that one no time for the others. It is the founder,
+    /// or somebody else where that one has left; who has left joins again.
     async fn start_sites(&self, state: &State) -> anyhow::Result<()> {
         let founder = &state.sites.first().context("no sites")?.profile.name;
+        let mut all = state.sites.iter().map(|site| &site.profile.name);
+        let first = all
+            .find(|name| self.starter.is_member(name))
+            .unwrap_or(founder);
         let names = state.sites.iter().map(|site| &site.profile.name);
         let newcomers: BTreeSet<String> = names
             .filter(|name| !self.starter.is_member(name))
             .cloned()
             .collect();
-        let absent = newcomers.iter().filter(|name| *name != founder).count();
+        let absent = newcomers.iter().filter(|name| *name != first).count();
         let parts = Parts {
             clusters: &self.progress.step("clusters", state.sites.len()),
             nodes: &self.progress.step("nodes", state.sites.len()),
             founder,
+            first,
             newcomers,
             open: watch::Sender::new(false),
             absent: watch::Sender::new(absent),
@@ -120,7 +129,7 @@ impl Testnet {
     async fn start_site(&self, site: &SiteState, parts: &Parts<'_>) -> anyhow::Result<()> {
         let name = &site.profile.name;
         let starter = &self.starter;
-        let is_founder = name == parts.founder;
+        let is_first = name == parts.first;
         let is_newcomer = parts.newcomers.contains(name);
         let cluster = async {
             let _turn = parts.starts.acquire().await?;
@@ -129,13 +138,13 @@ impl Testnet {
             anyhow::Ok(())
         };
         let member = async {
-            if is_newcomer && is_founder {
+            if is_newcomer && is_first {
                 starter.init(name).await?;
             } else if is_newcomer {
                 parts.open.subscribe().wait_for(|open| *open).await?;
                 {
                     let _turn = parts.starts.acquire().await?;
-                    starter.join(&starter.client(parts.founder)?, name).await?;
+                    starter.join(&starter.client(parts.first)?, name).await?;
                 }
                 parts.absent.send_modify(|absent| *absent -= 1);
                 parts
@@ -154,7 +163,7 @@ impl Testnet {
         };
         starter.node_ready(name, process).await?;
         parts.nodes.advance();
-        if is_founder {
+        if is_first {
             parts.open.send_replace(true);
         }
         Ok(())

@@ -40,6 +40,9 @@ pub async fn leave(
     wait: bool,
     mut say: impl FnMut(&str),
 ) -> anyhow::Result<Left> {
+    if let Some(left_at) = DataDir::left_at(&config.node.data_dir)? {
+        return Ok(Left::Gone(left_at));
+    }
     let site = &config.site.name;
     let socket = config.socket_path();
     let http = reqwest::Client::builder()

@@ -9,4 +9,4 @@ pub mod contract;
 pub mod differential;
 pub mod testnet;
 
-pub use testnet::{Site, Testnet, kubectls, program, run_within, wait_for};
+pub use testnet::{Site, Testnet, kubectls, program, refused, run_within, succeeded, wait_for};

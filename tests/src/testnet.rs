@@ -70,6 +70,21 @@ pub fn program(name: &str) -> PathBuf {
     programs().join(name)
 }
 
+/// What a program said; it must have succeeded.
+pub fn succeeded(output: &Output) -> String {
+    assert!(output.status.success(), "{}", text(output));
+    text(output)
+}
+
+/// A program must have failed, and have said all of this.
+pub fn refused(output: &Output, says: &[&str]) {
+    let text = text(output);
+    assert!(!output.status.success(), "{text}");
+    for says in says {
+        assert!(text.contains(says), "`{says}` is not in: {text}");
+    }
+}
+
 /// The text of a program's output, for messages.
 fn text(output: &Output) -> String {
     format!(
@@ -200,6 +215,16 @@ impl Site {
             address: self.api_address().to_owned(),
             token: self.token(),
         }
+    }
+
+    /// `krake-node` with the site's configuration; it must end within `limit`.
+    pub fn node(&self, arguments: &[&str], limit: Duration) -> Output {
+        let site = self.data_dir.parent().expect("the site's directory");
+        let mut node = Command::new(program("krake-node"));
+        node.arg("--config")
+            .arg(site.join("node.toml"))
+            .args(arguments);
+        run_within(&mut node, limit)
     }
 
     /// kubectl towards the node.

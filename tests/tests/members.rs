@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
 use std::collections::BTreeSet;
-use std::process::{Command as Program, Output};
+use std::process::Output;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use bytes::Bytes;
 use krake_catalog_client::CatalogPool;
 use krake_catalog_client::protocol::Freshness;
 use krake_consensus::{Command, Expect, Operation};
-use krake_tests::{Site, Testnet, program, run_within, wait_for};
+use krake_tests::{Site, Testnet, refused, succeeded, wait_for};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
@@ -20,27 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const WRITERS: usize = 4;
 const APPS: [&str; 3] = ["shop", "blog", "wiki"];
 
-fn text(output: &Output) -> String {
-    let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
-    format!("{out}{err}")
-}
-
-fn succeeded(output: &Output) -> String {
-    assert!(output.status.success(), "{}", text(output));
-    text(output)
-}
-
-fn refused(output: &Output, says: &str) {
-    let text = text(output);
-    assert!(!output.status.success(), "{text}");
-    assert!(text.contains(says), "`{says}` is not in: {text}");
-}
-
-/// `krake-node` with the configuration of a site.
 fn node(site: &Site, arguments: &[&str]) -> Output {
-    let config = site.data_dir.parent().unwrap().join("node.toml");
-    let mut program = Program::new(program("krake-node"));
-    run_within(program.arg("--config").arg(config).args(arguments), SOON)
+    site.node(arguments, SOON)
 }
 
 fn app(name: &str) -> Value {
@@ -158,7 +139,7 @@ fn leave_and_join(net: &Testnet, goes_on: &dyn Fn(&str)) {
     succeeded(&node(founder, &["leave"]));
     goes_on("the founder left");
     wait_for_members(second, &[second, third, fourth, fifth]);
-    refused(&node(founder, &["run"]), "left its federation");
+    refused(&node(founder, &["run"]), &["left its federation"]);
     for name in APPS {
         let at = wait_for("the app runs", SOON, || runs_at(second, name));
         assert_ne!(at, founder.name);
@@ -201,7 +182,7 @@ fn leave_and_join(net: &Testnet, goes_on: &dyn Fn(&str)) {
     // Its node hears of it when it comes back, and says so.
     let said = node(lost, &["run"]);
     assert!(succeeded(&said).contains("left the federation"));
-    refused(&node(lost, &["run"]), "krake-node join");
+    refused(&node(lost, &["run"]), &["krake-node join"]);
 
     // One more, and one is left, which cannot leave.
     let [last, other] = rest[..] else {
@@ -210,7 +191,7 @@ fn leave_and_join(net: &Testnet, goes_on: &dyn Fn(&str)) {
     succeeded(&node(other, &["leave"]));
     wait_for_members(last, &[last]);
     goes_on("one is left");
-    refused(&node(last, &["leave"]), "the last site cannot leave");
+    refused(&node(last, &["leave"]), &["the last site cannot leave"]);
     for name in APPS {
         let at = wait_for("the app runs", SOON, || runs_at(last, name));
         assert_eq!(at, last.name);

@@ -2,37 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on stops")]
 
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::Duration;
 
-use krake_tests::{Site, Testnet, program, run_within, wait_for};
+use krake_tests::{Site, Testnet, refused, succeeded, wait_for};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
 
-fn text(output: &Output) -> String {
-    let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
-    format!("{out}{err}")
-}
-
-fn succeeded(output: &Output) -> String {
-    assert!(output.status.success(), "{}", text(output));
-    text(output)
-}
-
-fn refused(output: &Output, says: &[&str]) {
-    let text = text(output);
-    assert!(!output.status.success(), "{text}");
-    for says in says {
-        assert!(text.contains(says), "`{says}` is not in: {text}");
-    }
-}
-
-/// `krake-node` with the configuration of a site.
 fn node(site: &Site, arguments: &[&str]) -> Output {
-    let config = site.data_dir.parent().unwrap().join("node.toml");
-    let mut program = Command::new(program("krake-node"));
-    run_within(program.arg("--config").arg(config).args(arguments), SOON)
+    site.node(arguments, SOON)
 }
 
 fn catalog(site: &Site) -> PathBuf {

@@ -1,10 +1,10 @@
 //! How a member leaves: what still keeps it, letting it go, and learning of it.
 //!
 //! A site whose object is deleted is leaving: its applications move to other sites, and its node leads
-//! nothing that another one can lead. When nothing of them is left, it gives its votes away, and when it has none, the
-//! leader of the meta group, which looks what is left, lets it go: one command takes it from the members
-//! and notes that it left. Until then it is a member like the others, for what depends on it must be able
-//! to speak with it.
+//! nothing that another one can lead. When nothing of them is left, it gives its votes away, and when it
+//! has none, the leader of the meta group, which looks what is left, lets it go: one command takes it
+//! from the members and notes that it left. Until then it is a member like the others, for what depends
+//! on it must be able to speak with it.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -289,9 +289,12 @@ async fn rest(federation: &Federation, leaver: &Leaver) -> anyhow::Result<Rest> 
     let (catalog, node) = (federation.catalog.clone(), leaver.member.node);
     let apps = tokio::task::spawn_blocking(move || apps_at(&catalog, &node)).await?;
     let replica = leaver.member.replica;
-    let status = federation.catalog.host.status();
+    let status = federation.catalog.host.status().borrow().clone();
+    let groups = Catalog::all_groups(federation.catalog.shards);
+    if let Some(missing) = groups.iter().find(|group| !status.contains_key(group)) {
+        anyhow::bail!("this node does not know yet who votes in {missing}");
+    }
     let votes = status
-        .borrow()
         .values()
         .filter(|group| group.voters.contains(&replica))
         .count();

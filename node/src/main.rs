@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use krake_node::backup::Restored;
 use krake_node::config::sources::KEYS;
 use krake_node::config::{Config, ConfigError, LogFormat};
 use krake_node::leave::{Left, leave};
@@ -172,6 +173,24 @@ fn say(text: std::fmt::Arguments<'_>) {
     let _ = std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{text}\n"));
 }
 
+fn say_restored(restored: &Restored) {
+    say(format_args!(
+        "federation {} restored as of {}: {} records in {} groups, incarnation {}",
+        restored.summary.federation,
+        restored.summary.taken_at,
+        restored.summary.records,
+        restored.summary.groups,
+        restored.incarnation
+    ));
+    say(format_args!("next: krake-node run"));
+    if !restored.others.is_empty() {
+        say(format_args!(
+            "then, on each of the other sites ({}): krake-node rejoin, krake-node run",
+            restored.others.join(", ")
+        ));
+    }
+}
+
 fn execute(arguments: Arguments) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(
@@ -240,21 +259,7 @@ fn execute(arguments: Arguments) -> anyhow::Result<()> {
         Command::Restore { file, flags } => {
             let config = load(arguments.config, &flags)?;
             let restored = runtime.block_on(krake_node::backup::restore(&config, &file))?;
-            say(format_args!(
-                "federation {} restored as of {}: {} records in {} groups, incarnation {}",
-                restored.summary.federation,
-                restored.summary.taken_at,
-                restored.summary.records,
-                restored.summary.groups,
-                restored.incarnation
-            ));
-            say(format_args!("next: krake-node run"));
-            if !restored.others.is_empty() {
-                say(format_args!(
-                    "then, on each of the other sites ({}): krake-node rejoin, krake-node run",
-                    restored.others.join(", ")
-                ));
-            }
+            say_restored(&restored);
         }
         Command::Rejoin { flags } => {
             let config = load(arguments.config, &flags)?;

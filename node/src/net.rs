@@ -172,7 +172,7 @@ impl Handler for NodeHandler {
     async fn join(&self, from: NodeId, bytes: &[u8]) -> Result<Vec<u8>, String> {
         let parts = self.parts.get().ok_or("the node is starting")?;
         let reply = match rpc::decode(bytes).map_err(|error| error.to_string())? {
-            Knock::Join(request) => parts.door.admit(from, request).await,
+            Knock::Join(request) => parts.door.admit(from, *request).await,
             Knock::Standing => parts.door.standing(from),
         };
         rpc::encode(&reply)

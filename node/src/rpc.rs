@@ -80,7 +80,7 @@ pub struct Reserve {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Knock {
     /// To become one.
-    Join(JoinRequest),
+    Join(Box<JoinRequest>),
     /// Whether it left: a member that was away may not have heard of it.
     Standing,
 }

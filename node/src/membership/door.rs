@@ -89,6 +89,34 @@ impl Door {
         ))
     }
 
+    /// Neither its key nor its site's name may be taken.
+    fn check_new(&self, request: &JoinRequest, site_key: &str) -> Result<(), Refusal> {
+        let is_there = |key: &str| {
+            self.federation
+                .catalog
+                .host
+                .get(GroupId::META, key)
+                .is_some()
+        };
+        if is_there(&records::departed_key(&request.node)) {
+            return Err((
+                "krake::left",
+                "the node with this key left the federation for ever; join with a data directory of its own, and so with another key"
+                    .to_owned(),
+            ));
+        }
+        if is_there(site_key) {
+            return Err((
+                "krake::site-taken",
+                format!(
+                    "the federation has a site `{}` already; set another site.name",
+                    request.site.name
+                ),
+            ));
+        }
+        Ok(())
+    }
+
     /// `None`: somebody was faster; look again.
     async fn admit_once(
         &self,
@@ -118,24 +146,8 @@ impl Door {
                 "this node is a member already; start it with krake-node run".to_owned(),
             ));
         }
-        let departed = records::departed_key(&request.node);
-        if catalog.host.get(meta, &departed).is_some() {
-            return Err((
-                "krake::left",
-                "the node with this key left the federation for ever; join with a data directory of its own, and so with another key"
-                    .to_owned(),
-            ));
-        }
-        let site_key = format!("sites/{}", request.site.name);
-        if catalog.host.get(meta, &site_key).is_some() {
-            return Err((
-                "krake::site-taken",
-                format!(
-                    "the federation has a site `{}` already; set another site.name",
-                    request.site.name
-                ),
-            ));
-        }
+        let site_key = records::object_key("sites", "", &request.site.name);
+        self.check_new(request, &site_key)?;
         let Some((replica, replica_entry)) = catalog.read::<u64>(meta, records::NEXT_REPLICA)
         else {
             return Err((

@@ -204,13 +204,13 @@ pub async fn join(config: &Config, token: &str) -> anyhow::Result<String> {
     let mut halves = [[0_u8; 32]; 2];
     halves[0].copy_from_slice(&proof[..32]);
     halves[1].copy_from_slice(&proof[32..]);
-    let request = rpc::encode(&Knock::Join(JoinRequest {
+    let request = rpc::encode(&Knock::Join(Box::new(JoinRequest {
         invitation: signed,
         node: identity.node(),
         site,
         addresses,
         proof: halves,
-    }))?;
+    })))?;
     // In the invitation's order: its issuer, which is known to run, comes first.
     let mut contacts: Vec<(NodeId, Vec<String>)> = Vec::new();
     for (node, address) in &invitation.contacts {

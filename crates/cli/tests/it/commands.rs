@@ -348,9 +348,13 @@ fn sites_are_cordoned_and_tokens_made() {
     krakectl
         .run(&["site", "cordon", "atlantis"])
         .failed(3, "not-found");
-    krakectl
-        .run(&["delete", "site", "paris"])
-        .failed(1, "method-not-allowed");
+    let leaving = krakectl.run(&["delete", "site", "paris"]).ok();
+    assert_eq!(leaving.stdout, "site.krake.dev/paris is leaving\n");
+    let forced = "jsonpath={.metadata.annotations.krake\\.dev/forced}";
+    let site = ["get", "site", "paris", "-o", forced];
+    assert_eq!(krakectl.run(&site).ok().stdout.trim(), "");
+    krakectl.run(&["delete", "site", "paris", "--force"]).ok();
+    assert_eq!(krakectl.run(&site).ok().stdout.trim(), "true");
 
     let token = krakectl.run(&["token", "create", "--ttl", "2h"]).ok();
     assert_eq!(token.stdout, "krake-join-xyz\n");

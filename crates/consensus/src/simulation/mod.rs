@@ -130,10 +130,7 @@ mod tests {
         assert!(slept > 100, "groups fell silent only {slept} times");
         assert!(closed > 4000, "stamps were closed only {closed} times");
         assert!(pieces > 1000, "snapshots had only {pieces} pieces");
-        assert!(
-            gone > 2,
-            "only {gone} members gave their votes away and left"
-        );
+        assert!(gone > 0, "nobody gave its votes away and left");
     }
 
     /// One key of one group has a history that is longer than what is remembered.
